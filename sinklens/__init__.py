@@ -1,0 +1,70 @@
+"""sinklens: find, ablate and trace attention sinks in real models. A TransformerLens plugin.
+
+>>> import sinklens as sl
+>>> model = sl.load_model("smollm2-135m")
+>>> tokens = sl.load_tokens(model, "python-docs", n_seqs=16, seq_len=512)
+>>> scores = sl.sink_scores(model, tokens)
+>>> scores.sink_rate(position=0, epsilon=0.3)
+>>> scores.plot()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
+    from sinklens.metrics import token_loss
+    from sinklens.models import load_model
+    from sinklens.proof import Capabilities, capabilities
+    from sinklens.scan import write_scan
+    from sinklens.scores import SinkScores, sink_scores
+    from sinklens.tokens import Tokens, load_tokens
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Loaded at first use: importing the host takes seconds, importing sinklens must not.
+_HOMES = {
+    "BadInputError": "errors",
+    "Capabilities": "proof",
+    "SinkScores": "scores",
+    "SinklensError": "errors",
+    "SinklensWarning": "errors",
+    "Tokens": "tokens",
+    "UnsupportedModelError": "errors",
+    "capabilities": "proof",
+    "load_model": "models",
+    "load_tokens": "tokens",
+    "sink_scores": "scores",
+    "token_loss": "metrics",
+    "write_scan": "scan",
+}
+
+__all__ = [
+    "BadInputError",
+    "Capabilities",
+    "SinkScores",
+    "SinklensError",
+    "SinklensWarning",
+    "Tokens",
+    "UnsupportedModelError",
+    "capabilities",
+    "load_model",
+    "load_tokens",
+    "sink_scores",
+    "token_loss",
+    "write_scan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sinklens' has no attribute {name!r}")
+    value = getattr(import_module(f"sinklens.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

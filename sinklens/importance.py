@@ -1,0 +1,111 @@
+"""How much attention a position gets: the column means of one layer's attention, as pure tensor maths.
+
+Source: Gu et al. 2025 (alpha, with the denominator of their released code: the queries that can see the key);
+far importance beta and the uniform share are defined in docs/definitions.md, section 1. Nothing here imports the
+host. Temporaries hold one block of query rows, never more than the pattern that came in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinklens.attention import allowed_keys, row_blocks
+
+FAR = 16  # queries closer than this are local attention, not a sink's
+MIN_FAR_QUERIES = 32  # fewer say nothing: NaN, never 0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column means of one layer's pattern, indexed like the batch (not yet by position)."""
+
+    alpha: Float[Tensor, "batch head key"]
+    beta: Float[Tensor, "batch head key"]
+    row_rest: Float[Tensor, "batch head"]
+    outside: float
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """How many queries see each key, far ones apart, and the uniform share: the same for all heads."""
+
+    queries: Float[Tensor, "batch key"]
+    far_queries: Float[Tensor, "batch key"]
+    uniform: Float[Tensor, "batch key"]
+
+
+def _far(mask: Bool[Tensor, "batch key"], rows: slice) -> Bool[Tensor, "query key"]:
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return (position[rows, None] - position).abs() >= FAR
+
+
+def visibility(mask: Bool[Tensor, "batch key"], *, causal: bool, window: int | None) -> Visibility:
+    """Denominators of alpha and beta, and beta under uniform attention over the allowed keys."""
+    queries = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    far_queries, uniform = queries.clone(), queries.clone()
+    for rows in row_blocks(mask.shape[1]):
+        allowed = allowed_keys(mask, rows, causal=causal, window=window).double()
+        far = allowed * _far(mask, rows)
+        queries += allowed.sum(1)
+        far_queries += far.sum(1)
+        uniform += (far / allowed.sum(-1, keepdim=True).clamp(min=1)).sum(1)
+    return Visibility(queries, far_queries, _defined(uniform / far_queries, far_queries).float())
+
+
+def column_means(
+    pattern: Float[Tensor, "batch head query key"],
+    mask: Bool[Tensor, "batch key"],
+    seen_by: Visibility,
+    *,
+    causal: bool,
+    window: int | None,
+) -> Columns:
+    """Alpha and beta of every key in one layer.
+
+    ``alpha[k] = mean of A[i,k] over unpadded queries i that may see k``; ``beta[k]`` the same over those with
+    ``|i - k| >= 16``, NaN with fewer than 32 of them. ``row_rest`` is the mean over queries of 1 minus the row's sum
+    (a learned sink's mass); ``outside`` the largest attention that a query puts outside its allowed keys.
+    """
+    batch, heads, length, _ = pattern.shape
+    wide = torch.promote_types(pattern.dtype, torch.float32)
+    near_and_far = torch.zeros(batch, heads, length, dtype=wide, device=pattern.device)
+    far_sum, rest = near_and_far.clone(), torch.zeros(batch, heads, dtype=wide, device=pattern.device)
+    outside = 0.0
+    for rows in row_blocks(length):
+        block = pattern[:, :, rows].to(wide)
+        allowed = allowed_keys(mask, rows, causal=causal, window=window)[:, None].to(wide)
+        real = mask[:, None, rows].to(wide)
+        row_sum = block.sum(-1)
+        rest += ((1 - row_sum) * real).sum(-1)
+        block = block * allowed
+        outside = max(outside, float(((row_sum - block.sum(-1)) * real).max()))
+        near_and_far += block.sum(2)
+        far_sum += (block * _far(mask, rows)).sum(2)
+    alpha = near_and_far / seen_by.queries[:, None].clamp(min=1).to(wide)
+    beta = far_sum / seen_by.far_queries[:, None].to(wide)
+    return Columns(
+        alpha=alpha.float(),
+        beta=_defined(beta, seen_by.far_queries[:, None]).float(),
+        row_rest=(rest / mask.sum(1).clamp(min=1)[:, None]).float(),
+        outside=outside,
+    )
+
+
+def _defined(values: Tensor, far_queries: Tensor) -> Tensor:
+    return torch.where(far_queries >= MIN_FAR_QUERIES, values, torch.nan)
+
+
+def by_position(
+    values: Float[Tensor, "batch *rest key"], mask: Bool[Tensor, "batch key"]
+) -> Float[Tensor, "batch *rest pos"]:
+    """Shift each sequence so that its first unpadded token is position 0; NaN beyond its end."""
+    lengths, starts = mask.sum(1), mask.int().argmax(1)
+    pos = torch.arange(int(lengths.max()), device=mask.device)
+    index = (starts[:, None] + pos).clamp(max=mask.shape[1] - 1)
+    shape = (index.shape[0], *([1] * (values.ndim - 2)), index.shape[1])
+    moved = values.gather(-1, index.view(shape).expand(*values.shape[:-1], -1))
+    return torch.where((pos < lengths[:, None]).view(shape), moved, torch.nan)

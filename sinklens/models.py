@@ -1,0 +1,231 @@
+"""``load_model``: a name, folder, GGUF file, hub id or model object becomes a raw, proven TransformerBridge."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+from transformer_lens.utilities.devices import get_device
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
+from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.proof import capabilities, check_finite_weights
+
+# Encoders saved without a head have no adapter; the same weights under a masked-LM head have one. The head is
+# then random and never used.
+_HEADED = {"BertModel": "BertForMaskedLM", "RobertaModel": "RobertaForMaskedLM"}
+
+_native_tokenizers: WeakKeyDictionary[TransformerBridge, PreTrainedTokenizerBase] = WeakKeyDictionary()
+_headless: WeakKeyDictionary[TransformerBridge, bool] = WeakKeyDictionary()
+
+
+def load_model(
+    name: str | os.PathLike[str] | PreTrainedModel | TransformerBridge,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, str | int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> TransformerBridge:
+    """A TransformerBridge in raw mode, in eval mode, without gradients on its weights, and proven.
+
+    Args:
+        name: an embedded model (``sinklens models`` lists them), a local folder with safetensors, a ``.gguf``
+            file (dequantised once into the cache), a Hugging Face hub id, a transformers model (it is wrapped in
+            place: its attention becomes eager), or an existing bridge (taken as it is).
+        device: where the weights go; default the host's choice (CUDA if there is one). Not for model objects.
+        dtype: default float32, also for checkpoints stored in half precision. Not for model objects.
+        device_map: passed to transformers for dispatched loading.
+        tokenizer: for a transformers model object; without it, inputs must be token ids.
+
+    The proof (:func:`sinklens.capabilities`) runs at once, so that a model that sinklens cannot measure is
+    refused here. Weights are read from safetensors or GGUF only; no remote code runs.
+
+    Raises:
+        BadInputError: no such model, no network, damaged or half files, NaN weights.
+        UnsupportedModelError: no adapter for the architecture, or attention that the proof refuses.
+        SinklensError: an embedded model could not be fetched.
+    """
+    if isinstance(name, (TransformerBridge, PreTrainedModel)):
+        if device is not None or dtype is not None or device_map is not None:
+            raise BadInputError("device, dtype and device_map are for models loaded by name; move the object yourself")
+        bridge = _prepare_bridge(name) if isinstance(name, TransformerBridge) else _boot_object(name, tokenizer)
+    elif tokenizer is not None:
+        raise BadInputError("tokenizer= goes with a transformers model object; a named model brings its own")
+    else:
+        folder = _locate(os.fspath(name))
+        bridge = _boot_named(os.fspath(name), folder, device=device, dtype=dtype, device_map=device_map)
+    for parameter in bridge.parameters():
+        parameter.requires_grad_(False)
+    bridge.eval()
+    capabilities(bridge)
+    return bridge
+
+
+def native_tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase | None:
+    """The tokenizer as the model was trained with it.
+
+    The host rebuilds the tokenizer so that it prepends BOS; whether the model ever saw one is then lost. For a
+    bridge that sinklens did not load, the original is read again from where the bridge's tokenizer came from.
+    """
+    if model not in _native_tokenizers:
+        rebuilt: Any = model.tokenizer
+        if rebuilt is None:
+            return None
+        try:
+            _native_tokenizers[model] = AutoTokenizer.from_pretrained(rebuilt.name_or_path, local_files_only=True)
+        except (OSError, ValueError, HfHubHTTPError):
+            _native_tokenizers[model] = rebuilt
+    return _native_tokenizers[model]
+
+
+def has_trained_head(model: TransformerBridge) -> bool:
+    """Whether the weights hold a language-model head, so that logits and losses mean something."""
+    return model not in _headless
+
+
+def _locate(name: str) -> str:
+    """The folder or hub id that transformers should read."""
+    if name in CATALOGUE:
+        return str(fetch(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInputError(
+                f"the folder {name!r} holds no config.json; give a model folder as save_pretrained writes"
+            )
+        return str(path)
+    if path.suffix == ".gguf" or path.is_file():
+        if not path.is_file():
+            raise BadInputError(f"no file at {name!r}")
+        if path.suffix != ".gguf":
+            raise BadInputError(f"{name!r} is a file but no .gguf; give the model's folder, or a GGUF file")
+        return str(convert_gguf(path))
+    return name
+
+
+def _boot_named(name: str, source: str, *, device: Any, dtype: Any, device_map: Any) -> TransformerBridge:
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        declared = _declared_architecture(config, name)
+        architecture = _HEADED.get(declared, declared)
+        model_class = _model_class(architecture, name)
+        config.architectures = [architecture]
+        with quiet_transformers():
+            hf, report = model_class.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype or torch.float32,
+                device_map=device_map,
+                attn_implementation="eager",
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except SafetensorError as error:
+        raise BadInputError(
+            f"the safetensors of {name!r} are damaged or truncated ({error}); fetch them again"
+        ) from error
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _load_error(name, source, error) from error
+    _check_loaded(name, report, head_may_miss=declared != architecture)
+    if device_map is None:
+        hf = hf.to(device or get_device())
+    check_finite_weights(hf.named_parameters())
+    bridge = _boot(hf, tokenizer, name)
+    if declared != architecture and report["missing_keys"]:
+        _headless[bridge] = True
+    return bridge
+
+
+def _load_error(name: str, source: str, error: Exception) -> BadInputError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).is_dir():
+        return BadInputError(
+            f"cannot load {name!r}: {reason} (sinklens reads safetensors or GGUF only; convert pickled weights "
+            f"with save_pretrained(..., safe_serialization=True))"
+        )
+    return BadInputError(
+        f"cannot load {name!r}: it is no embedded model, no folder and no .gguf file here, and the Hugging Face hub "
+        f"did not deliver it ({reason}). Without a hub these work: {', '.join(CATALOGUE)}, a local folder, a .gguf file"
+    )
+
+
+def _declared_architecture(config: Any, name: str) -> str:
+    declared = getattr(config, "architectures", None)
+    if not declared:
+        raise BadInputError(f"the configuration of {name!r} names no architecture; set config.architectures")
+    return str(declared[0])
+
+
+def _model_class(architecture: str, name: str) -> Any:
+    import transformers
+
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        try:
+            model_class = get_hf_model_class_for_architecture(architecture)
+        except (KeyError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{name}: transformers has no class {architecture}, and sinklens runs no remote code"
+            ) from error
+    return model_class
+
+
+def _check_loaded(name: str, report: dict[str, Any], head_may_miss: bool) -> None:
+    """Refuse weights with holes; an encoder saved without its language-model head is whole without it."""
+    holes = {key for key in report["missing_keys"] if not (head_may_miss and key.startswith(("cls.", "lm_head.")))}
+    if holes:
+        raise BadInputError(
+            f"the weights of {name!r} lack {len(holes)} tensors, such as {min(holes)}; those would be random. "
+            f"Fetch them again"
+        )
+    if report["mismatched_keys"]:
+        raise BadInputError(f"the weights of {name!r} do not fit its configuration: {report['mismatched_keys']}")
+
+
+def _boot_object(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
+    name = hf.config.name_or_path or type(hf).__name__
+    check_finite_weights(hf.named_parameters())
+    if not hf.config.architectures:
+        hf.config.architectures = [type(hf).__name__]
+    hf.set_attn_implementation("eager")
+    return _boot(hf, tokenizer, name)
+
+
+def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
+    architecture = type(hf).__name__
+    try:
+        if tokenizer is None:  # boot_transformers would ask the hub for one
+            return build_bridge_from_module(hf, architecture, hf_config=hf.config, model_name=name)
+        with tempfile.TemporaryDirectory() as folder:
+            native = tokenizer
+            if not tokenizer.name_or_path or not Path(tokenizer.name_or_path).is_dir():
+                tokenizer.save_pretrained(folder)  # the host reads it again from where it came from
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+            bridge = TransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer, device=hf.device)
+    except (ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{name}: TransformerLens cannot wrap {architecture} ({str(error).splitlines()[0]})"
+        ) from error
+    _native_tokenizers[bridge] = native
+    return bridge
+
+
+def _prepare_bridge(bridge: TransformerBridge) -> TransformerBridge:
+    if getattr(bridge, "compatibility_mode", False):
+        raise UnsupportedModelError(
+            f"{bridge.cfg.model_name} is in compatibility mode, which folds value biases as if every attention row "
+            f"summed to 1; boot it again without enable_compatibility_mode()"
+        )
+    return bridge

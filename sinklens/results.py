@@ -1,0 +1,79 @@
+"""How results are written and read: one safetensors file, its metadata as JSON in the header, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sinklens.errors import BadInputError
+
+FORMAT = 1
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes when it does not."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # mkstemp makes private files; a result is an ordinary one
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: dict[str, torch.Tensor], meta: dict[str, Any]
+) -> Path:
+    """Write named tensors and JSON-able metadata as one safetensors file, whole or not at all."""
+    header = {"sinklens": json.dumps({"format": FORMAT, "kind": kind, "meta": meta})}
+    with atomic_path(path) as partial:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata=header)
+    return Path(path)
+
+
+def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote.
+
+    Raises:
+        BadInputError: no such file, half a file, or a result of another kind.
+    """
+    if not Path(path).is_file():
+        raise BadInputError(f"no result file at {os.fspath(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("sinklens")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BadInputError(
+            f"{os.fspath(path)!r} is not a complete safetensors file ({error}); save the result again"
+        ) from error
+    if header is None:
+        raise BadInputError(f"{os.fspath(path)!r} was not written by sinklens: it has no sinklens header")
+    content = json.loads(header)
+    if content["kind"] != kind:
+        raise BadInputError(f"{os.fspath(path)!r} holds a {content['kind']}, not a {kind}")
+    if content["format"] > FORMAT:
+        raise BadInputError(f"{os.fspath(path)!r} was written by a newer sinklens; upgrade to read it")
+    return tensors, content["meta"]

@@ -1,0 +1,311 @@
+"""``Tokens``: a batch of sequences with exactly one correct BOS, made from text, files, corpora or ids.
+
+Positions count from the first unpadded token of a sequence, so the padding side never changes a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from sinklens.corpora import Piece, pieces_in_order, read_corpus, sample_pieces
+from sinklens.errors import BadInputError
+from sinklens.proof import capabilities
+from sinklens.results import load_tensors, save_tensors
+from sinklens.vocabulary import Vocabulary, vocabulary
+
+DEFAULT_SEQS = 16
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of token sequences.
+
+    Attributes:
+        ids: token ids, padded.
+        mask: True where a token is real; each row is one unbroken run.
+        labels: each sequence's tokens as text, unpadded.
+        sources: where each sequence came from, such as ``python-docs/typesseq [0:512]``.
+        documents: the document of each sequence; intervals are taken over these.
+        special: True at special tokens (BOS, [CLS], padding, ...), by id.
+        info: how the batch was made (source, seed, hash of the corpus, BOS).
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    labels: tuple[tuple[str, ...], ...]
+    sources: tuple[str, ...]
+    documents: tuple[int, ...]
+    special: Bool[Tensor, "batch pos"]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """The number of sequences."""
+        return self.ids.shape[0]
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Tokens:
+        """Some of the sequences, in the order asked for."""
+        rows = list(range(len(self)))[index] if isinstance(index, slice) else index
+        rows = [rows] if isinstance(rows, int) else list(rows)
+        return replace(
+            self,
+            ids=self.ids[rows],
+            mask=self.mask[rows],
+            labels=tuple(self.labels[r] for r in rows),
+            sources=tuple(self.sources[r] for r in rows),
+            documents=tuple(self.documents[r] for r in rows),
+            special=self.special[rows],
+        )
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Unpadded tokens per sequence."""
+        return self.mask.sum(1)
+
+    @property
+    def starts(self) -> Int[Tensor, " batch"]:
+        """The index of each sequence's first unpadded token: position 0."""
+        return self.mask.int().argmax(1)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the unpadded ids: the same for the same sequences, however they are padded."""
+        rows = [self.ids[i][self.mask[i]].tolist() for i in range(len(self))]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def row(self, sequence: int) -> Int[Tensor, " pos"]:
+        """The unpadded ids of one sequence."""
+        return self.ids[sequence][self.mask[sequence]]
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same batch on another device."""
+        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device), special=self.special.to(device))
+
+    def trim(self) -> Tokens:
+        """The same batch without the columns that are padding in every sequence."""
+        used = self.mask.any(0).nonzero().flatten()
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        return replace(self, ids=self.ids[:, columns], mask=self.mask[:, columns], special=self.special[:, columns])
+
+    def pad(self, side: str, columns: int, pad_id: int = 0) -> Tokens:
+        """The same batch with ``columns`` more padding on the left or right."""
+        if side not in ("left", "right") or columns < 0:
+            raise BadInputError(f"pad needs side 'left' or 'right' and columns >= 0, got {side!r}, {columns}")
+        amount = (columns, 0) if side == "left" else (0, columns)
+        grow = torch.nn.functional.pad
+        return replace(
+            self,
+            ids=grow(self.ids, amount, value=pad_id),
+            mask=grow(self.mask, amount, value=False),
+            special=grow(self.special, amount, value=True),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Several batches as one, right-padded; documents of different batches stay different."""
+        longest = max(int(part.lengths.max()) for part in parts)
+        aligned = [part.aligned(longest) for part in parts]
+        documents: list[int] = []
+        for part in parts:
+            offset = max(documents, default=-1) + 1 - min(part.documents)
+            documents += [d + offset for d in part.documents]
+        return cls(
+            ids=torch.cat([part.ids for part in aligned]),
+            mask=torch.cat([part.mask for part in aligned]),
+            labels=tuple(row for part in parts for row in part.labels),
+            sources=tuple(source for part in parts for source in part.sources),
+            documents=tuple(documents),
+            special=torch.cat([part.special for part in aligned]),
+            info={"source": "concatenated", "parts": [part.info for part in parts]},
+        )
+
+    def aligned(self, columns: int) -> Tokens:
+        """The same batch with every sequence starting in column 0, padded on the right to ``columns``."""
+        index = (self.starts[:, None] + torch.arange(columns, device=self.ids.device)) % self.ids.shape[1]
+        mask = torch.arange(columns, device=self.ids.device) < self.lengths[:, None]
+        return replace(self, ids=self.ids.gather(1, index), mask=mask, special=self.special.gather(1, index) | ~mask)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the batch, for saving."""
+        return {"ids": self.ids, "mask": self.mask, "special": self.special}
+
+    def meta(self) -> dict[str, Any]:
+        """Everything else, as JSON."""
+        return {
+            "labels": [list(row) for row in self.labels],
+            "sources": list(self.sources),
+            "documents": list(self.documents),
+            "info": self.info,
+        }
+
+    @classmethod
+    def from_parts(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Tokens:
+        """The inverse of :meth:`tensors` and :meth:`meta`."""
+        return cls(
+            ids=tensors["ids"],
+            mask=tensors["mask"],
+            special=tensors["special"],
+            labels=tuple(tuple(row) for row in meta["labels"]),
+            sources=tuple(meta["sources"]),
+            documents=tuple(meta["documents"]),
+            info=meta["info"],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the batch as one safetensors file."""
+        return save_tensors(path, "Tokens", self.tensors(), self.meta())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokens:
+        """Read what :meth:`save` wrote."""
+        return cls.from_parts(*load_tensors(path, "Tokens"))
+
+
+def load_tokens(
+    model: TransformerBridge,
+    source: str | os.PathLike[str] | Sequence[str] = "python-docs",
+    *,
+    n_seqs: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+) -> Tokens:
+    """Sequences for a model, reproducible from the seed.
+
+    Args:
+        model: whose tokenizer and BOS custom to follow.
+        source: ``python-docs`` (the prose that ships inside Python), ``random`` (uniform over the ordinary
+            vocabulary), ``repeat`` (one ordinary token, drawn per sequence, repeated), a list of texts (one
+            sequence each, in order), a text file (one document), a ``.jsonl`` file (a document per line, key
+            ``text``), or the id of a Hugging Face dataset with a ``text`` column.
+        n_seqs: how many sequences. Default: all texts of a list, else as many as there are, up to 16.
+        seq_len: tokens per sequence, special tokens included; a source that cannot give that many raises. Default:
+            whole texts for a list, else at most 512.
+        seed: which documents (the first ``seq_len`` tokens of each; further pieces of a document only when all
+            documents are used), and which random ids.
+        prepend_bos: None follows how the model was trained; True and False force it. Never doubled.
+
+    Raises:
+        BadInputError: unknown source, empty text, text shorter than asked, ``seq_len`` past the context window.
+    """
+    words = vocabulary(model)
+    _check_request(model, n_seqs, seq_len)
+    prefix, suffix = words.special_tokens(prepend_bos)
+    info: dict[str, Any] = {"seed": seed, "prepend_bos": bool(prefix), "model": capabilities(model).model}
+    special = len(prefix) + len(suffix)
+    pieces: list[Piece]
+    if isinstance(source, (str, os.PathLike)):
+        longest = seq_len or min(DEFAULT_LENGTH, capabilities(model).context or DEFAULT_LENGTH)
+        if source in ("random", "repeat"):
+            rows = words.draw(str(source), n_seqs or DEFAULT_SEQS, longest - special, seed)
+            pieces = [Piece(tuple(row), f"{source} #{i}", i) for i, row in enumerate(rows)]
+            info["source"] = source
+        else:
+            texts, named = read_corpus(source)
+            info |= named
+            documents = [(title, words.encode(text)) for title, text in texts]
+            pieces = sample_pieces(documents, n_seqs, longest - special, exact=seq_len is not None, seed=seed)
+    else:
+        texts = [(f"text {i}", text) for i, text in enumerate(source)]
+        info["source"] = "texts"
+        documents = [(title, words.encode(text)) for title, text in texts]
+        pieces = pieces_in_order(documents, n_seqs, None if seq_len is None else seq_len - special)
+    rows = [words.wrap(piece.ids, prefix, suffix) for piece in pieces]
+    sources, documents_of_rows = [p.source for p in pieces], [p.document for p in pieces]
+    return _checked(model, _pad_rows(rows, words, sources, documents_of_rows, info))
+
+
+def as_tokens(model: TransformerBridge, tokens: str | Sequence[str] | Tensor | Tokens) -> Tokens:
+    """Whatever a user passes as ``tokens``: a text, a list of texts, a tensor of ids (as it is), or Tokens.
+
+    Raises:
+        BadInputError: empty or one-token input, ids outside the vocabulary, input past the context window.
+    """
+    words = vocabulary(model)
+    if isinstance(tokens, Tokens):
+        batch = tokens
+    elif isinstance(tokens, Tensor):
+        batch = _from_ids(tokens, words)
+    elif isinstance(tokens, str):
+        batch = load_tokens(model, [tokens])
+    else:
+        batch = load_tokens(model, list(tokens))
+    return _checked(model, batch).to(str(model.cfg.device))
+
+
+def _from_ids(ids: Tensor, words: Vocabulary) -> Tokens:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise BadInputError(f"token ids must be integers, got a tensor of {ids.dtype}")
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise BadInputError(f"token ids must have the shape [batch, pos] and not be empty, got {tuple(ids.shape)}")
+    rows = [row.tolist() for row in ids.cpu()]
+    return _pad_rows(rows, words, [f"ids {i}" for i in range(len(rows))], range(len(rows)), {"source": "ids"})
+
+
+def _pad_rows(
+    rows: Sequence[Sequence[int]],
+    words: Vocabulary,
+    sources: Sequence[str],
+    documents: Sequence[int],
+    info: dict[str, Any],
+) -> Tokens:
+    """Right-pad the rows into a batch."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), words.pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = True
+    special = torch.isin(ids, torch.tensor(sorted(words.special_ids), dtype=torch.long)) | ~mask
+    labels = tuple(words.labels(row) for row in rows)
+    return Tokens(ids, mask, labels, tuple(sources), tuple(documents), special, info)
+
+
+def _check_request(model: TransformerBridge, n_seqs: int | None, seq_len: int | None) -> None:
+    context = capabilities(model).context
+    if n_seqs is not None and n_seqs < 1:
+        raise BadInputError(f"n_seqs must be at least 1, got {n_seqs}")
+    if seq_len is not None and seq_len < 2:
+        raise BadInputError(f"seq_len must be at least 2 (one token has nothing to attend to), got {seq_len}")
+    if seq_len is not None and context is not None and seq_len > context:
+        raise BadInputError(
+            f"seq_len={seq_len} is past the context window of {capabilities(model).model}: {context} tokens"
+        )
+
+
+def _checked(model: TransformerBridge, batch: Tokens) -> Tokens:
+    """The batch, or BadInputError where the model cannot take it."""
+    facts = capabilities(model)
+    lengths = batch.lengths
+    if (lengths < 2).any():
+        row = int((lengths < 2).nonzero()[0])
+        raise BadInputError(
+            f"{batch.sources[row]} has {int(lengths[row])} token(s); attention needs at least 2. Give a longer text"
+        )
+    if facts.context is not None and int(lengths.max()) > facts.context:
+        row = int(lengths.argmax())
+        raise BadInputError(
+            f"{batch.sources[row]} has {int(lengths[row])} tokens, past the context window of {facts.model} "
+            f"({facts.context}); shorten it, or give load_tokens a seq_len"
+        )
+    if (batch.mask.int().diff(dim=1) == 1).sum(1).add(batch.mask[:, 0].int()).max() > 1:
+        raise BadInputError("a mask has holes; each sequence must be one unbroken run of tokens")
+    ids = batch.ids[batch.mask]
+    if int(ids.min()) < 0 or int(ids.max()) >= facts.vocabulary:
+        bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise BadInputError(f"token id {bad} is outside the vocabulary of {facts.model} (0 to {facts.vocabulary - 1})")
+    return batch

@@ -1,0 +1,109 @@
+"""Tiny random models of many architectures, with attention that is far from uniform."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from transformer_lens.model_bridge import TransformerBridge
+
+import sinklens as sl
+
+VOCABULARY = 97
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+_SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = {**_SIZES, **_SPECIAL, "num_key_value_heads": 2, "head_dim": 8}
+_WINDOW = 50
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(
+            vocab_size=VOCABULARY, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_LLAMA)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_LLAMA)),
+    "neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_SIZES, **_SPECIAL)),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(
+            **{**_LLAMA, "num_hidden_layers": 3},
+            sliding_window=_WINDOW,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            query_pre_attn_scalar=8,
+        )
+    ),
+    "opt": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            word_embed_proj_dim=32,
+            **_SPECIAL,
+        )
+    ),
+    "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**_SIZES)),
+    "gpt-oss": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(
+            **_LLAMA,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=_WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_LLAMA, sliding_window=_WINDOW)),
+    "bloom": lambda: tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_SPECIAL)
+    ),
+    "vit": lambda: tf.ViTForImageClassification(
+        tf.ViTConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+        )
+    ),
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ),
+}
+SCORED = ("gpt2", "llama", "qwen2", "neox", "gemma3", "opt", "bert", "gpt-oss")
+
+
+def build(name: str, seed: int = 0) -> tf.PreTrainedModel:
+    """A Hugging Face model with large random weights, so that attention patterns are peaked and differ."""
+    torch.manual_seed(seed)
+    model = BUILDERS[name]().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.ndim >= 2 or "bias" in key or "sinks" in key:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.25)
+    return model
+
+
+def build_pair(name: str, seed: int = 0) -> tuple[tf.PreTrainedModel, TransformerBridge]:
+    """The plain Hugging Face model and, from the same weights, the bridge."""
+    model = build(name, seed)
+    return copy.deepcopy(model), sl.load_model(model)
+
+
+def random_rows(lengths: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
+    """Random ordinary ids, one row per length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in lengths]

@@ -1,0 +1,37 @@
+"""Fixtures: real models are loaded once per run, tiny ones are built where they are used."""
+
+from __future__ import annotations
+
+import pytest
+from transformer_lens.model_bridge import TransformerBridge
+
+import sinklens as sl
+
+TEXT_A = (
+    "Attention is the concentration of awareness on some phenomenon to the exclusion of other stimuli. It is a "
+    "process of selectively concentrating on a discrete aspect of information, whether considered subjective or "
+    "objective. William James wrote that attention is the taking possession by the mind, in clear and vivid form, of "
+    "one out of what seem several simultaneously possible objects or trains of thought. Focalization, concentration, "
+    "of consciousness are of its essence. It implies withdrawal from some things in order to deal effectively with "
+    "others."
+)
+
+
+@pytest.fixture(scope="session")
+def text_a() -> str:
+    return TEXT_A
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> TransformerBridge:
+    return sl.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> TransformerBridge:
+    return sl.load_model("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> TransformerBridge:
+    return sl.load_model("minilm-l6")
