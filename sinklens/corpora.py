@@ -122,7 +122,7 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     except UnicodeDecodeError as error:
         raise BadInputError(f"{str(path)!r} is not UTF-8 text ({error}); convert it first") from error
     if path.suffix != ".jsonl":
-        return [(path.name, text)]
+        return [(path.name, text.rstrip("\r\n"))]  # a file's last newline belongs to the file, not to the text
     documents = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

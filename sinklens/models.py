@@ -9,7 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -111,7 +112,19 @@ def _locate(name: str) -> str:
         if path.suffix != ".gguf":
             raise BadInputError(f"{name!r} is a file but no .gguf; give the model's folder, or a GGUF file")
         return str(convert_gguf(path))
+    _check_hub(name)
     return name
+
+
+def _check_hub(name: str) -> None:
+    """One quick question to the hub, so that a wrong name or no network fails at once, not after minutes of retries."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            model_info(name, timeout=10)
+    except GatedRepoError:
+        return  # the user may hold a licence; loading tells
+    except Exception as error:  # the hub client's HTTP library, and so its errors, differ between versions
+        raise _load_error(name, name, error) from error
 
 
 def _boot_named(name: str, source: str, *, device: Any, dtype: Any, device_map: Any) -> TransformerBridge:

@@ -178,9 +178,10 @@ def test_attention_outside_the_declared_window_is_refused_not_averaged() -> None
     def look_far(pattern, hook):
         return torch.full_like(pattern, 1 / pattern.shape[-1]).tril()
 
-    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", look_far)]):
-        with pytest.raises(sl.UnsupportedModelError, match="outside what its configuration declares"):
-            sl.sink_scores(model, random_rows((80,))[0])
+    hooks = [("blocks.0.attn.hook_pattern", look_far)]
+    refused = pytest.raises(sl.UnsupportedModelError, match="outside what its configuration declares")
+    with model.hooks(fwd_hooks=hooks), refused:
+        sl.sink_scores(model, random_rows((80,))[0])
 
 
 def test_an_unknown_backend_is_refused() -> None:

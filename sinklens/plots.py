@@ -1,0 +1,130 @@
+"""Figures: one theme, words and units on every axis, the numbers on hover, readable for colour-blind readers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+import torch
+
+from sinklens.errors import BadInputError
+
+if TYPE_CHECKING:
+    from sinklens.scores import SinkScores
+
+SCALE = "Cividis"  # one colour scale for attention everywhere: perceptually uniform, safe for colour-blind readers
+INK = "#1f2933"
+ACCENT = "#c2410c"
+
+
+def themed(figure: go.Figure, title: str, *, height: int, width: int | None = None) -> go.Figure:
+    """Give a figure the common look."""
+    return figure.update_layout(
+        template="plotly_white",
+        title={"text": title, "x": 0, "xref": "paper", "font": {"size": 17, "color": INK}},
+        font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 13, "color": INK},
+        margin={"l": 70, "r": 30, "t": 80, "b": 60},
+        height=height,
+        width=width,
+    )
+
+
+def head_map(scores: SinkScores, position: int = 0, epsilon: float = 0.3) -> go.Figure:
+    """Layer x head heat map of mean alpha at a position; hover shows alpha, beta and the sink rate."""
+    table = scores.head_table(position, epsilon)
+    shape = (scores.n_layers, scores.n_heads)
+    numbers = torch.stack(
+        [torch.tensor(table[name].to_numpy()).view(shape) for name in ("alpha", "beta", "sink_rate")], -1
+    )
+    figure = go.Figure(
+        go.Heatmap(
+            z=numbers[..., 0].tolist(),
+            customdata=numbers.tolist(),
+            colorscale=SCALE,
+            zmin=0,
+            zmax=1,
+            colorbar={"title": "mean alpha", "outlinewidth": 0},
+            xgap=1,
+            ygap=1,
+            hovertemplate=(
+                "layer %{y}, head %{x}<br>importance alpha %{customdata[0]:.3f}<br>"
+                f"far importance beta %{{customdata[1]:.3f}}<br>sink rate (alpha > {epsilon:g}) "
+                "%{customdata[2]:.3f}<extra></extra>"
+            ),
+        )
+    )
+    figure.update_xaxes(title="head", dtick=1 if scores.n_heads <= 16 else None, showgrid=False)
+    figure.update_yaxes(title="layer", showgrid=False, dtick=5 if scores.n_layers > 12 else 1)
+    rate = scores.sink_rate(position, epsilon)
+    title = f"Attention on position {position}, per head<br><sup>sink rate {rate:.3f} at epsilon {epsilon:g}</sup>"
+    return themed(figure, title, height=max(320, 130 + 17 * scores.n_layers), width=max(420, 200 + 34 * scores.n_heads))
+
+
+def position_map(scores: SinkScores, sequence: int = 0) -> go.Figure:
+    """Layer x position heat map of one sequence: mean importance over heads, far importance where it is defined."""
+    if not 0 <= sequence < len(scores.tokens):
+        raise BadInputError(f"sequence {sequence} is out of range: there are {len(scores.tokens)}")
+    length = int(scores.tokens.lengths[sequence])
+    alpha = scores.alpha[sequence, ..., :length].double().mean(1)
+    beta = scores.beta[sequence, ..., :length].double().mean(1)
+    far = not bool(beta.isnan().all())
+    labels = scores.tokens.labels[sequence]
+    hover = [
+        [
+            f"layer {layer}, position {p}: {labels[p]!r}<br>alpha {float(alpha[layer, p]):.3f}, "
+            f"beta {float(beta[layer, p]):.3f}"
+            for p in range(length)
+        ]
+        for layer in range(scores.n_layers)
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=(beta if far else alpha).tolist(),
+            text=[[escape_hover(text) for text in row] for row in hover],
+            hovertemplate="%{text}<extra></extra>",
+            colorscale=SCALE,
+            zmin=0,
+            zmax=0.5,
+            colorbar={"title": "mean beta" if far else "mean alpha", "outlinewidth": 0},
+        )
+    )
+    figure.update_xaxes(title="position (tokens from the first unpadded one)", showgrid=False)
+    figure.update_yaxes(title="layer", showgrid=False)
+    what = (
+        "far importance beta; blank where fewer than 32 far queries see the token"
+        if far
+        else "importance alpha (too short for far importance; the last tokens' self-attention shows as false sinks)"
+    )
+    title = (
+        f"Where the sinks are: {escape_hover(scores.tokens.sources[sequence])}<br><sup>{what}, mean over heads</sup>"
+    )
+    return themed(figure, title, height=max(320, 130 + 13 * scores.n_layers))
+
+
+def layer_profile(scores: SinkScores, position: int = 0, epsilon: float = 0.3) -> go.Figure:
+    """Per layer: sink rate and mean alpha at a position."""
+    table = scores.layer_table(position, epsilon)
+    figure = go.Figure()
+    figure.add_bar(
+        x=table.layer,
+        y=table.sink_rate,
+        name=f"sink rate (alpha > {epsilon:g})",
+        marker_color="#9fb3c8",
+        hovertemplate="layer %{x}: sink rate %{y:.3f}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=table.layer,
+        y=table.alpha,
+        name="mean importance alpha",
+        line={"color": ACCENT, "width": 2.5},
+        hovertemplate="layer %{x}: alpha %{y:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title="layer", dtick=5 if scores.n_layers > 12 else 1)
+    figure.update_yaxes(title="share of heads / mean attention", range=[0, 1])
+    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"})
+    return themed(figure, f"Position {position}, layer by layer", height=360)
+
+
+def escape_hover(text: str) -> str:
+    """Text as plotly may show it: its labels read a subset of HTML."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,169 @@
+"""The first look at a model: scan for sinks, summarise, and write a page, a table and a manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+
+from sinklens.plots import head_map, layer_profile, position_map
+from sinklens.results import atomic_path, write_text
+from sinklens.scores import SinkScores
+from sinklens.statistics import MIN_DOCUMENTS
+
+TOP_TOKENS = 12
+STRIP_TOKENS = 160
+_PACKAGES = ("sinklens", "transformer-lens", "transformers", "torch", "numpy")
+
+
+@dataclass(frozen=True)
+class ScanSummary:
+    """What a scan says in a few numbers."""
+
+    model: str
+    source: str
+    sequences: int
+    documents: int
+    longest: int
+    position: int
+    epsilon: float
+    sink_rate: float
+    interval: tuple[float, float] | None
+    loss: float | None
+    layers: pd.DataFrame
+    top_tokens: pd.DataFrame
+
+    def sentence(self) -> str:
+        """The finding in one sentence."""
+        if self.interval is not None:
+            spread = (
+                f" [{self.interval[0]:.3f}, {self.interval[1]:.3f}], 95 % BCa interval over {self.documents} documents"
+            )
+        else:
+            spread = f" ({self.documents} document(s): no interval below {MIN_DOCUMENTS})"
+        return (
+            f"Position {self.position} is a sink (alpha > {self.epsilon:g}) in a share of {self.sink_rate:.3f} of "
+            f"{self.model}'s heads{spread}."
+        )
+
+
+def summarize(scores: SinkScores, *, position: int = 0, epsilon: float = 0.3, loss: float | None = None) -> ScanSummary:
+    """The sink rate with its interval, the layers, and the tokens with the largest far importance."""
+    tokens = scores.tokens
+    return ScanSummary(
+        model=scores.info["capabilities"]["model"],
+        source=str(tokens.info.get("source", "?")),
+        sequences=len(tokens),
+        documents=len(set(tokens.documents)),
+        longest=int(tokens.lengths.max()),
+        position=position,
+        epsilon=epsilon,
+        sink_rate=scores.sink_rate(position, epsilon),
+        interval=scores.sink_rate_interval(position, epsilon),
+        loss=loss,
+        layers=scores.layer_table(position, epsilon),
+        top_tokens=scores.position_table().head(TOP_TOKENS),
+    )
+
+
+def manifest(scores: SinkScores, summary: ScanSummary, command: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything needed to run the scan again: versions, hashes, seed, command."""
+    return {
+        "command": list(command),
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "model": scores.info,
+        "tokens": {"sha256": scores.tokens.digest, **scores.tokens.info},
+        "sources": list(scores.tokens.sources),
+        "result": {
+            "position": summary.position,
+            "epsilon": summary.epsilon,
+            "sink_rate": summary.sink_rate,
+            "interval": summary.interval,
+            "loss": summary.loss,
+        },
+    }
+
+
+def write_scan(
+    scores: SinkScores,
+    out: str | os.PathLike[str],
+    *,
+    position: int = 0,
+    epsilon: float = 0.3,
+    loss: float | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, Path]:
+    """Write ``scan.html`` (self-contained, opens offline), ``scores.parquet`` and ``manifest.json`` into a folder.
+
+    Each file is written whole or not at all. Returns the three paths by name.
+    """
+    folder = Path(out)
+    summary = summarize(scores, position=position, epsilon=epsilon, loss=loss)
+    facts = manifest(scores, summary, command)
+    paths = {name: folder / name for name in ("scan.html", "scores.parquet", "manifest.json")}
+    with atomic_path(paths["scores.parquet"]) as partial:
+        scores.to_dataframe().to_parquet(partial, index=False)
+    write_text(paths["manifest.json"], json.dumps(facts, indent=1))
+    write_text(paths["scan.html"], page(scores, summary, facts))
+    return paths
+
+
+def page(scores: SinkScores, summary: ScanSummary, facts: dict[str, Any]) -> str:
+    """The scan as one HTML page; plotly's script stands in it once."""
+    figures = [
+        (
+            head_map(scores, summary.position, summary.epsilon),
+            "Each cell is one head: the attention that this position gets, averaged over the queries that may see it "
+            "and over sequences. Bright rows are layers that park attention.",
+        ),
+        (
+            layer_profile(scores, summary.position, summary.epsilon),
+            "Bars: share of heads above the threshold. Line: mean attention. Sinks usually start a few layers in.",
+        ),
+        (
+            position_map(scores, 0),
+            "One sequence, all layers, averaged over heads: bright columns are sinks; a column that starts late or "
+            "ends early is a secondary sink.",
+        ),
+    ]
+    plots = [
+        (figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}), caption)
+        for i, (figure, caption) in enumerate(figures)
+    ]
+    environment = Environment(loader=PackageLoader("sinklens"), autoescape=True)
+    return environment.get_template("scan.html").render(
+        summary=summary,
+        figures=plots,
+        strip=text_strip(scores, 0),
+        strip_cut=len(scores.tokens.labels[0]) > STRIP_TOKENS,
+        tokens=summary.top_tokens.to_dict("records"),
+        manifest=json.dumps(facts, indent=1),
+    )
+
+
+def text_strip(scores: SinkScores, sequence: int) -> list[dict[str, Any]]:
+    """The tokens of one sequence with the shade of each: its mean beta, None where beta is undefined."""
+    alpha = scores.alpha[sequence].double().mean((0, 1))
+    beta = scores.beta[sequence].double().nanmean((0, 1))
+    strip = []
+    for p, label in enumerate(scores.tokens.labels[sequence][:STRIP_TOKENS]):
+        strength = None if beta[p].isnan() else min(1.0, 2.5 * float(beta[p]))
+        strip.append(
+            {
+                "text": label.replace("\n", "\u21b5") or "\u00b7",
+                "breaks": "\n" in label,
+                "hover": f"position {p}, alpha {float(alpha[p]):.3f}, beta {float(beta[p]):.3f}",
+                "shade": strength,
+            }
+        )
+    return strip
