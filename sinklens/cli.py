@@ -56,15 +56,22 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> bool:
+    if wanted:
         import sinklens
 
         stdout.print(f"sinklens {sinklens.__version__}", highlight=False)
         raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Find attention sinks in real models."""
 
 
 @app.command()

@@ -91,12 +91,12 @@ def position_map(scores: SinkScores, sequence: int = 0) -> go.Figure:
     figure.update_xaxes(title="position (tokens from the first unpadded one)", showgrid=False)
     figure.update_yaxes(title="layer", showgrid=False)
     what = (
-        "far importance beta; blank where fewer than 32 far queries see the token"
+        "far importance beta, colours saturate at 0.5; blank where fewer than 32 far queries see the token"
         if far
         else "importance alpha (too short for far importance; the last tokens' self-attention shows as false sinks)"
     )
     title = (
-        f"Where the sinks are: {escape_hover(scores.tokens.sources[sequence])}<br><sup>{what}, mean over heads</sup>"
+        f"Where the sinks are: {escape_hover(scores.tokens.sources[sequence])}<br><sup>{what}; mean over heads</sup>"
     )
     return themed(figure, title, height=max(320, 130 + 13 * scores.n_layers))
 

@@ -92,7 +92,7 @@ class Capabilities:
 _records: WeakKeyDictionary[TransformerBridge, Capabilities] = WeakKeyDictionary()
 
 
-def capabilities(model: TransformerBridge) -> Capabilities:
+def capabilities(model: TransformerBridge | torch.nn.Module) -> Capabilities:
     """The capability record of a model; the proof runs at the first call and is kept.
 
     Raises:

@@ -1,0 +1,136 @@
+"""The command line on a real model: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import sinklens as sl
+from sinklens.cli import app
+
+runner = CliRunner()
+
+
+def run(*arguments: str, **options) -> tuple[int, str]:
+    done = runner.invoke(app, list(arguments), env={"COLUMNS": "200"}, **options)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+@pytest.mark.real
+def test_scan_prints_the_finding_and_writes_three_files(tmp_path: Path, text_a: str) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(text_a + "\n")
+    code, shown = run("scan", "--text", str(file), "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert "share of 0.541" in shown
+    assert "loss 3.928" in shown
+    assert "' the'" in shown
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"scan.html", "scores.parquet", "manifest.json"}
+    page = (tmp_path / "out" / "scan.html").read_text()
+    assert not re.search(r'<(script|link|img|iframe)[^>]+(src|href)="', page), "opens offline: nothing is fetched"
+    assert page.count("plotly.js v") == 1, "plotly's script stands in the page once"
+    table = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    assert len(table) == 30 * 9 * 97
+    first = table[table.position == 0]
+    assert (first.alpha > 0.3).mean() == pytest.approx(0.541, abs=0.005)
+    facts = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert facts["versions"]["transformer-lens"].startswith("4.")
+    assert facts["tokens"]["seed"] == 0
+    assert len(facts["tokens"]["corpus_sha256"]) == 64
+    assert facts["result"]["sink_rate"] == pytest.approx(0.541, abs=0.005)
+    assert facts["model"]["capabilities"]["architecture"] == "LlamaForCausalLM"
+
+
+@pytest.mark.real
+def test_scan_of_sixteen_documents_gives_an_interval(tmp_path: Path) -> None:
+    code, shown = run("scan", "--seq-len", "64", "--n-seqs", "16", "--epsilon", "0.3")
+    assert code == 0
+    assert re.search(r"share of 0\.\d{3} of smollm2-135m's heads \[0\.\d{3}, 0\.\d{3}\], 95 % BCa", shown)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("context", ["random", "repeat"])
+def test_scan_of_made_up_context(context: str) -> None:
+    code, shown = run("scan", "--context", context, "--seq-len", "64", "--n-seqs", "2")
+    assert code == 0
+    assert f"2 sequence(s) of up to 64 tokens from {context}" in shown
+
+
+@pytest.mark.real
+def test_scan_reads_standard_input_and_an_encoder_has_no_loss(text_a: str) -> None:
+    code, shown = run("scan", "--model", "minilm-l6", "--text", "-", input=text_a)
+    assert code == 0
+    assert "[CLS]" in shown
+    assert "loss" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scan", "--text", "absent.txt"], "no file at 'absent.txt'"),
+        (["scan", "--text", "a", "--corpus", "b"], "not both"),
+        (["scan", "--context", "random", "--corpus", "b"], "makes its own ids"),
+        (["scan", "--epsilon", "1.5"], "epsilon must lie in"),
+    ],
+)
+def test_bad_options_end_with_status_2_and_one_line(arguments: list[str], message: str) -> None:
+    code, shown = run(*arguments)
+    assert code == 2
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        (["--text", "-"], "", "text is empty"),
+        (["--text", "-"], "hi", "has 1 token"),
+        (["--seq-len", "9000"], None, "past the context window"),
+        (["--position", "500", "--text", "-"], "a few words", "position 500 is out of range"),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_one_line(options: list[str], given: str | None, message: str) -> None:
+    code, shown = run("scan", *options, input=given)
+    assert code == 2
+    assert message in shown
+
+
+def test_models_lists_names_sizes_licences_and_cache() -> None:
+    code, shown = run("models")
+    assert code == 0
+    for name, licence in (("smollm2-135m", "Apache-2.0"), ("gemma3-270m", "Gemma Terms of Use")):
+        line = next(line for line in shown.splitlines() if line.startswith(name))
+        assert licence in line
+        assert "MB" in line
+        assert line.split()[-1] in ("yes", "no")
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"sinklens {sl.__version__}\n")
+
+
+def test_ctrl_c_ends_with_status_130(monkeypatch) -> None:
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sinklens.models.fetch", interrupted)
+    code, shown = run("scan")
+    assert code == 130
+    assert "interrupted" in shown
+
+
+@pytest.mark.real
+def test_tokens_that_look_like_markup_are_escaped_on_the_page(tmp_path: Path) -> None:
+    text = "</script><script>alert(1)</script> [bold]x[/bold] & <b>tags</b> " * 4
+    code, _ = run("scan", "--text", "-", "--out", str(tmp_path), input=text)
+    assert code == 0
+    page = (tmp_path / "scan.html").read_text()
+    assert "<script>alert" not in page
+    assert "alert(1)</script>" not in page

@@ -1,0 +1,141 @@
+"""The load-time proof finds what the adapters really do; each trap of the host has its test."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from architectures import SCORED, build, build_pair
+from transformer_lens.model_bridge import TransformerBridge
+
+import sinklens as sl
+from sinklens.proof import check_finite_weights, prove
+
+# causal, rope, pattern edit, scores are logits, learned sinks, KV heads, windows
+EXPECTED = {
+    "gpt2": (True, False, True, True, False, 4, (None, None)),
+    "llama": (True, True, True, True, False, 2, (None, None)),
+    "qwen2": (True, True, True, True, False, 2, (None, None)),
+    "neox": (True, True, True, True, False, 4, (None, None)),
+    "gemma3": (True, True, True, True, False, 2, (50, 50, None)),
+    "opt": (True, False, False, False, False, 4, (None, None)),
+    "bert": (False, False, False, False, False, 4, (None, None)),
+    "gpt-oss": (True, True, True, True, True, 2, (50, None)),
+    "mistral": (True, True, True, True, False, 2, (50, 50)),
+    "bloom": (True, False, True, True, False, 4, (None, None)),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_record_says_what_the_model_does(name: str) -> None:
+    facts = sl.capabilities(build_pair(name)[1])
+    found = (
+        facts.causal,
+        facts.rope,
+        facts.pattern_edit,
+        facts.scores_are_logits,
+        facts.learned_sinks,
+        facts.n_kv_heads,
+        facts.windows,
+    )
+    assert found == EXPECTED[name]
+    assert facts.z_edit
+    assert facts.z_is_pattern_v
+    assert facts.windows_proven
+    assert facts.rows_sum_to_one != facts.learned_sinks
+    assert "hook_pattern" in facts.fires
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_pattern_edit_moves_the_logits_exactly_where_the_record_says_so(name: str) -> None:
+    _, model = build_pair(name)
+    ids = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(3))
+
+    def park_on_the_first(pattern, hook):
+        parked = torch.zeros_like(pattern)
+        parked[..., 0] = 1
+        return parked
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the host warns once that the edit is discarded
+        edited = model.run_with_hooks(ids, fwd_hooks=[("blocks.0.attn.hook_pattern", park_on_the_first)])
+    assert torch.equal(edited, model(ids)) != sl.capabilities(model).pattern_edit
+
+
+@pytest.mark.parametrize("name", ["opt", "bert"])
+def test_delegating_adapters_fire_z_before_the_pattern(name: str) -> None:
+    fires = sl.capabilities(build_pair(name)[1]).fires
+    assert fires.index("hook_z") < fires.index("hook_pattern")
+    fires = sl.capabilities(build_pair("llama")[1]).fires
+    assert fires.index("hook_z") > fires.index("hook_pattern")
+
+
+def test_neox_lists_rotary_hooks_that_never_fire() -> None:
+    _, model = build_pair("neox")
+    assert "blocks.0.attn.hook_rot_k" in model.hook_dict
+    assert "hook_rot_k" not in sl.capabilities(model).fires
+
+
+def test_a_window_that_the_configuration_hides_is_found() -> None:
+    _, model = build_pair("mistral")
+    config: Any = model.original_model.config
+    config.sliding_window = None  # the configuration now claims full attention
+    proof_model = _windowed_in_secret(model)
+    with pytest.raises(sl.UnsupportedModelError, match="never attends at distances"):
+        prove(proof_model)
+
+
+def _windowed_in_secret(model: TransformerBridge) -> TransformerBridge:
+    """A bridge whose first layer masks keys further than 4 away, which no configuration says."""
+
+    def mask(scores, hook):
+        far = torch.ones_like(scores, dtype=torch.bool).tril(-4)
+        return scores.masked_fill(far, torch.finfo(scores.dtype).min)
+
+    model.add_hook("blocks.0.attn.hook_attn_scores", mask)
+    return model
+
+
+def test_attention_where_none_is_declared_is_found() -> None:
+    _, model = build_pair("llama")
+
+    def see_everything(scores, hook):
+        return torch.zeros_like(scores)
+
+    model.add_hook("blocks.1.attn.hook_attn_scores", see_everything)
+    with pytest.raises(sl.UnsupportedModelError, match="mixes causal and bidirectional"):
+        prove(model)
+
+
+def test_rows_that_sum_to_more_than_one_are_refused() -> None:
+    _, model = build_pair("llama")
+    model.add_hook("blocks.0.attn.hook_pattern", lambda p, hook: 2 * p)
+    with pytest.raises(sl.UnsupportedModelError, match="rows sum to up to 2.0"):
+        prove(model)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("vit", "reads images"), ("t5", "encoder-decoder")])
+def test_models_without_a_stack_of_text_blocks_are_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(sl.UnsupportedModelError, match=reason):
+        sl.load_model(build(name))
+
+
+def test_nan_weights_are_named() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(sl.BadInputError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+        sl.load_model(model)
+
+
+def test_large_finite_weights_are_not_called_nan() -> None:
+    check_finite_weights([("big", torch.full((4,), 3e38))])
+    with pytest.raises(sl.BadInputError, match="holds 2 NaN or infinite"):
+        check_finite_weights([("bad", torch.tensor([1.0, torch.inf, -torch.inf]))])
+
+
+def test_other_objects_are_refused() -> None:
+    with pytest.raises(sl.UnsupportedModelError, match="no TransformerBridge"):
+        sl.capabilities(torch.nn.Linear(2, 2))
