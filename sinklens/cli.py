@@ -139,7 +139,7 @@ def _source(text: str | None, corpus: str | None, context: Context) -> str | lis
 
 def _show(summary: Any) -> None:
     """The summary on the terminal: sentence, bars per layer, top tokens."""
-    stdout.print(summary.sentence(), highlight=False)
+    stdout.print(_plain(summary.sentence()), highlight=False)
     loss = "" if summary.loss is None else f"; loss {summary.loss:.3f} nats per token"
     stdout.print(
         f"{summary.sequences} sequence(s) of up to {summary.longest} tokens from {_plain(summary.source)}{loss}",
@@ -155,7 +155,10 @@ def _show(summary: Any) -> None:
         tokens.add_row(
             f"{row.sequence}", f"{row.position}", _plain(repr(row.token)), _number(row.beta), _number(row.alpha)
         )
-    stdout.print("Tokens that draw the most far attention, mean over layers and heads:", highlight=False)
+    stdout.print(
+        f"Tokens apart from position {summary.position} that draw the most far attention, mean over layers and heads:",
+        highlight=False,
+    )
     stdout.print(tokens)
     if summary.top_tokens.beta.isna().any():
         stdout.print("- : fewer than 32 queries see the token from 16 or more tokens away: too few to say")

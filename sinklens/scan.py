@@ -40,6 +40,7 @@ class ScanSummary:
     interval: tuple[float, float] | None
     loss: float | None
     layers: pd.DataFrame
+    held_by: str
     top_tokens: pd.DataFrame
 
     def sentence(self) -> str:
@@ -51,14 +52,17 @@ class ScanSummary:
         else:
             spread = f" ({self.documents} document(s): no interval below {MIN_DOCUMENTS})"
         return (
-            f"Position {self.position} is a sink (alpha > {self.epsilon:g}) in a share of {self.sink_rate:.3f} of "
-            f"{self.model}'s heads{spread}."
+            f"Position {self.position} ({self.held_by}) is a sink (alpha > {self.epsilon:g}) in a share of "
+            f"{self.sink_rate:.3f} of {self.model}'s heads{spread}."
         )
 
 
 def summarize(scores: SinkScores, *, position: int = 0, epsilon: float = 0.3, loss: float | None = None) -> ScanSummary:
-    """The sink rate with its interval, the layers, and the tokens with the largest far importance."""
+    """The sink rate with its interval, the layers, and the other tokens with the largest far importance."""
     tokens = scores.tokens
+    table = scores.position_table()
+    held = table[table.position == position].token.value_counts()
+    held_by = repr(held.index[0]) if len(held) == 1 else f"{len(held)} different tokens in {int(held.sum())} sequences"
     return ScanSummary(
         model=scores.info["capabilities"]["model"],
         source=str(tokens.info.get("source", "?")),
@@ -71,7 +75,8 @@ def summarize(scores: SinkScores, *, position: int = 0, epsilon: float = 0.3, lo
         interval=scores.sink_rate_interval(position, epsilon),
         loss=loss,
         layers=scores.layer_table(position, epsilon),
-        top_tokens=scores.position_table().head(TOP_TOKENS),
+        held_by=held_by,
+        top_tokens=table[table.position != position].head(TOP_TOKENS),
     )
 
 

@@ -28,7 +28,7 @@ def test_scan_prints_the_finding_and_writes_three_files(tmp_path: Path, text_a: 
     file.write_text(text_a + "\n")
     code, shown = run("scan", "--text", str(file), "--out", str(tmp_path / "out"))
     assert code == 0
-    assert "share of 0.541" in shown
+    assert "('Attention') is a sink (alpha > 0.3) in a share of 0.541" in shown
     assert "loss 3.928" in shown
     assert "' the'" in shown
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"scan.html", "scores.parquet", "manifest.json"}
