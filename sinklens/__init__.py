@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
+    from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
     from sinklens.models import load_model
     from sinklens.proof import Capabilities, capabilities
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
+    from sinklens.sinkmap import Sink, SinkMap
+    from sinklens.sinks import compare_methods, find_sinks
     from sinklens.tokens import Tokens, load_tokens
 
 __version__ = "0.1.0"
@@ -28,12 +31,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "BadInputError": "errors",
     "Capabilities": "proof",
+    "Sink": "sinkmap",
+    "SinkMap": "sinkmap",
     "SinkScores": "scores",
     "SinklensError": "errors",
     "SinklensWarning": "errors",
+    "Thresholds": "lives",
     "Tokens": "tokens",
     "UnsupportedModelError": "errors",
     "capabilities": "proof",
+    "compare_methods": "sinks",
+    "find_sinks": "sinks",
     "load_model": "models",
     "load_tokens": "tokens",
     "sink_scores": "scores",
@@ -44,12 +52,17 @@ _HOMES = {
 __all__ = [
     "BadInputError",
     "Capabilities",
+    "Sink",
+    "SinkMap",
     "SinkScores",
     "SinklensError",
     "SinklensWarning",
+    "Thresholds",
     "Tokens",
     "UnsupportedModelError",
     "capabilities",
+    "compare_methods",
+    "find_sinks",
     "load_model",
     "load_tokens",
     "sink_scores",

@@ -6,11 +6,11 @@ one. Everything here is stated in unshifted indices of the batch; positions are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -20,6 +20,11 @@ from sinklens.errors import UnsupportedModelError
 def attention_hook(layer: int, point: str) -> str:
     """The name of an attention hook point, such as ``blocks.3.attn.hook_pattern``."""
     return f"blocks.{layer}.attn.{point}"
+
+
+def block_input(layer: int) -> str:
+    """The name of the hook on the residual stream before block ``layer`` (``resid_pre``)."""
+    return f"blocks.{layer}.hook_in"
 
 
 def block_output(layer: int) -> str:
@@ -91,3 +96,38 @@ def row_blocks(length: int, size: int = 128) -> Iterator[slice]:
     """Slices that cover ``length`` query rows, so that no temporary holds more than ``size`` of them."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
+
+
+def by_head(tensor: Float[Tensor, "1 a b d_head"], heads_first: bool, n_heads: int) -> Float[Tensor, "head pos d_head"]:
+    """A query, key or value hook's tensor of one sequence, repeated over the query heads that share a KV head."""
+    x = tensor[0] if heads_first else tensor[0].transpose(0, 1)
+    return x.repeat_interleave(n_heads // x.shape[0], dim=0)
+
+
+def scored_points(fires: Sequence[str], rope: bool) -> tuple[str, str] | None:
+    """The hooks that hold queries and keys as they are scored: after RoPE, after QK norm.
+
+    None where the host shows them only before RoPE (NeoX, Phi-3, Falcon).
+    """
+    if "hook_rot_q" in fires and "hook_rot_k" in fires:
+        late = "hook_q" in fires and fires.index("hook_q") > fires.index("hook_rot_q")  # MLA concatenates afterwards
+        return ("hook_q", "hook_k") if late else ("hook_rot_q", "hook_rot_k")
+    return None if rope else ("hook_q", "hook_k")
+
+
+def output_weights(model: TransformerBridge, layer: int) -> Float[Tensor, "head d_head d_model"] | None:
+    """W_O of one layer by head, or None where the host does not show it."""
+    try:
+        return model.W_O[layer]
+    except (AttributeError, NotImplementedError, IndexError):
+        return None
+
+
+def value_bias(model: TransformerBridge, layer: int, n_heads: int) -> Float[Tensor, "head d_head"] | None:
+    """b_V of one layer by query head, or None where the model has none."""
+    try:
+        bias = model.b_V[layer]
+    except (AttributeError, NotImplementedError, IndexError):
+        return None
+    bias = bias.view(-1, model.cfg.d_head) if bias.ndim == 1 else bias
+    return bias.repeat_interleave(n_heads // bias.shape[0], dim=0)

@@ -29,7 +29,7 @@ from sinklens.attention import (
 )
 from sinklens.errors import BadInputError, UnsupportedModelError
 
-PROBE_LENGTH = 24
+PROBE_LENGTH = 29  # a prime, so that no head count equals it and layouts are unambiguous
 LONGEST_WINDOW_PROBE = 1024
 _POINTS = (
     "hook_q",
@@ -64,6 +64,8 @@ class Capabilities:
             probabilities there).
         pattern_edit: an edit of ``hook_pattern`` moves the block's output in the first and the last layer.
         z_edit: the same for ``hook_z``.
+        heads_first: ``hook_q``, ``hook_k``, ``hook_v`` are [batch, head, pos, d_head] (DeepSeek's MLA), not
+            [batch, pos, head, d_head].
         z_is_pattern_v: ``hook_z`` equals ``pattern @ v`` (false where z is gated).
         rows_sum_to_one: every attention row sums to 1.
         learned_sinks: a trained logit takes the rest of each row (gpt-oss).
@@ -84,6 +86,7 @@ class Capabilities:
     scores_are_logits: bool
     pattern_edit: bool
     z_edit: bool
+    heads_first: bool
     z_is_pattern_v: bool
     rows_sum_to_one: bool
     learned_sinks: bool
@@ -152,6 +155,7 @@ def prove(model: TransformerBridge) -> Capabilities:
         scores_are_logits=_scores_are_logits(seen, 0),
         pattern_edit=all(_edit_moves_output(model, ids, seen, "hook_pattern", layer) for layer in edit_layers),
         z_edit=all(_edit_moves_output(model, ids, seen, "hook_z", layer) for layer in edit_layers),
+        heads_first=_heads_first(seen),
         z_is_pattern_v=_z_is_pattern_v(seen),
         rows_sum_to_one=bool(((sums - 1).abs() < 1e-2).all()),
         learned_sinks=any(learned_sink_logits(model, layer) is not None for layer in layers),
@@ -287,6 +291,11 @@ def _prove_windows(model: TransformerBridge, windows: tuple[int | None, ...], ca
 def _scores_are_logits(seen: dict[str, Tensor], layer: int) -> bool:
     scores = seen.get(attention_hook(layer, "hook_attn_scores"))
     return scores is not None and not torch.equal(scores, seen[attention_hook(layer, "hook_pattern")])
+
+
+def _heads_first(seen: dict[str, Tensor]) -> bool:
+    v = seen.get(attention_hook(0, "hook_v"))
+    return v is not None and v.ndim == 4 and v.shape[1] != PROBE_LENGTH
 
 
 def _values_by_head(v: Tensor, pattern: Tensor) -> Tensor | None:

@@ -1,0 +1,114 @@
+"""Figures of sinks: their timeline, the threshold sweep, their anatomy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.colors import qualitative
+from plotly.subplots import make_subplots
+
+from sinklens.errors import BadInputError
+from sinklens.plots import ACCENT, SCALE, escape_hover, themed
+
+if TYPE_CHECKING:
+    from sinklens.anatomy import Anatomy
+    from sinklens.sinkmap import SinkMap
+
+MOST_ROWS = 60
+MARKS = {"primary": "\u25a0", "secondary": "\u25c6", "undetermined": "\u25cb"}
+
+
+def timeline(sinks: SinkMap) -> go.Figure:
+    """A row per sink, a column per layer; colour is mass, only where the sink lives (all its lives)."""
+    if not len(sinks):
+        raise BadInputError("there are no sinks to draw; " + (" ".join(sinks.notes) or "none was found"))
+    shown = sorted(sinks, key=lambda s: (s.sequence, s.position))[:MOST_ROWS]
+    grid, labels, hover = [], [], []
+    for sink in shown:
+        alive = [any(a <= layer <= b for a, b, _ in sink.episodes) for layer in range(sinks.n_layers)]
+        grid.append([sink.masses[layer] if alive[layer] else None for layer in range(sinks.n_layers)])
+        name = (
+            f"{sink.sequence}:{sink.position} {sink.token!r}"
+            if len(sinks.tokens) > 1
+            else f"{sink.position} {sink.token!r}"
+        )
+        labels.append(f"{MARKS[sink.kind]} {escape_hover(name)}")
+        reason = f" ({sink.reason})" if sink.reason else ""
+        story = (
+            f"{escape_hover(name)}: {sink.kind}{reason}<br>layers {sink.onset} to {sink.end}, mean mass {sink.mass:.3f}"
+        )
+        hover.append([f"{story}<br>layer {layer}: {sink.masses[layer]:.3f}" for layer in range(sinks.n_layers)])
+    rows = list(range(len(shown)))
+    figure = go.Figure(
+        go.Heatmap(
+            z=grid,
+            y=rows,
+            text=hover,
+            hovertemplate="%{text}<extra></extra>",
+            colorscale=SCALE,
+            zmin=0,
+            xgap=1,
+            ygap=3,
+            colorbar={"title": "mass", "outlinewidth": 0},
+        )
+    )
+    figure.update_xaxes(title="layer", dtick=5 if sinks.n_layers > 12 else 1, range=[-0.5, sinks.n_layers - 0.5])
+    figure.update_yaxes(tickvals=rows, ticktext=labels, autorange="reversed", showgrid=False, automargin=True)
+    cut = f"; the first {MOST_ROWS} of {len(sinks)}" if len(sinks) > MOST_ROWS else ""
+    title = (
+        f"When each sink lives<br><sup>\u25a0 primary, \u25c6 secondary, \u25cb undetermined; position and token; colour: mean "
+        f"far importance over heads{cut}</sup>"
+    )
+    return themed(figure, title, height=170 + 26 * len(shown))
+
+
+def sweep_curves(table: pd.DataFrame, name: str, chosen: float) -> go.Figure:
+    """Counts against a threshold, the one in force marked."""
+    figure = go.Figure()
+    for column, colour in (("sinks", "#1f2933"), ("primary", "#0072b2"), ("secondary", ACCENT)):
+        figure.add_scatter(x=table[name], y=table[column], name=column, mode="lines+markers", line={"color": colour})
+    figure.add_vline(x=chosen, line={"dash": "dot", "color": "#8795a5"}, annotation_text=f"in force: {chosen:g}")
+    figure.update_xaxes(title=f"threshold: {name.replace('_', ' ')}")
+    figure.update_yaxes(title="sinks", rangemode="tozero")
+    return themed(figure, "How the count depends on the threshold", height=380)
+
+
+def anatomy_curves(anatomy: Anatomy, most: int = 8) -> go.Figure:
+    """Residual norm ratio, mass, margin and value ratio over layers, for the sinks with the largest mass."""
+    table = anatomy.layers
+    if table.empty:
+        raise BadInputError("there are no sinks to draw")
+    keys = ["sequence", "position", "token"]
+    strongest = table.groupby(keys).mass.max().nlargest(most).index
+    values = anatomy.heads.groupby([*keys, "layer"], as_index=False).agg(
+        **{"ov_ratio": ("ov_ratio" if "ov_ratio" in anatomy.heads else "v_ratio", "median")}
+    )
+    panels = (
+        ("residual_ratio", "residual norm / median", True),
+        ("mass", "mass (mean beta)", False),
+        ("margin", "competitor-free margin, nats", False),
+        ("ov_ratio", "|(v - b_V) W_O| / median", True),
+    )
+    figure = make_subplots(rows=2, cols=2, subplot_titles=[title for _, title, _ in panels], vertical_spacing=0.14)
+    for i, key in enumerate(strongest):
+        colour = qualitative.Safe[i % len(qualitative.Safe)]
+        for panel, (column, _, _) in enumerate(panels):
+            source = values if column == "ov_ratio" else table
+            rows = source[(source[keys] == list(key)).all(axis=1)].sort_values("layer")
+            figure.add_scatter(
+                x=rows.layer,
+                y=rows[column],
+                name=escape_hover(f"{key[0]}:{key[1]} {key[2]!r}"),
+                legendgroup=str(i),
+                showlegend=panel == 0,
+                line={"color": colour},
+                row=panel // 2 + 1,
+                col=panel % 2 + 1,
+            )
+    for panel, (_, _, logarithmic) in enumerate(panels):
+        if logarithmic:
+            figure.update_yaxes(type="log", row=panel // 2 + 1, col=panel % 2 + 1)
+    figure.update_xaxes(title="layer", row=2)
+    return themed(figure, "Anatomy of the strongest sinks, layer by layer", height=640)

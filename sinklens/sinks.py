@@ -1,0 +1,210 @@
+"""``find_sinks``: from scores to sinks with lives and kinds, by attention or by direction (docs/definitions.md, 2)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from itertools import combinations
+
+import pandas as pd
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.importance import FAR, MIN_FAR_QUERIES
+from sinklens.lives import Thresholds
+from sinklens.lives import activity as active_where
+from sinklens.proof import capabilities
+from sinklens.residuals import direction_activity, wong_sequences
+from sinklens.scores import SinkScores, sink_scores
+from sinklens.sinkmap import Sink, SinkMap, assemble
+from sinklens.tokens import Tokens, as_tokens
+
+METHODS = ("attention", "direction", "wong")
+SUSPICIOUS_SHARE = 0.05
+
+
+def find_sinks(
+    model: TransformerBridge,
+    tokens: str | Sequence[str] | Tensor | Tokens,
+    *,
+    method: str = "attention",
+    scores: SinkScores | None = None,
+    activity: float = 0.05,
+    uniform_factor: float = 3.0,
+    gap: int = 2,
+    min_life: float = 0.1,
+    primary_mass: float = 0.1,
+    late: float = 0.25,
+    onset_tolerance: float = 0.05,
+    end_tolerance: float = 0.1,
+    head_use: float = 0.3,
+    norm_ratio: float = 3.0,
+    cosine: float = 0.9,
+    progress: bool | None = None,
+) -> SinkMap:
+    """The sinks of every sequence: primary, secondary with the reason, their lives, masses and heads.
+
+    A position is active at layer l if ``mean_h beta >= max(activity, uniform_factor * u)``; a life is a run of active
+    layers with gaps of at most ``gap`` bridged and at least ``ceil(min_life * L)`` layers. P is the position with the
+    largest mass summed over its life, if its mean there is at least ``primary_mass`` and it is active in the last
+    quarter of the layers. A sink whose onset and end lie within ``max(1, round(onset_tolerance * L))`` and
+    ``max(1, round(end_tolerance * L))`` of P's is primary, any other secondary.
+
+    Args:
+        model, tokens: as everywhere.
+        method: ``"attention"``; ``"direction"`` (residual norm and centred cosine with P); ``"wong"`` (the published
+            detector verbatim, for replication).
+        scores: :func:`sinklens.sink_scores` of the same tokens, if at hand.
+        activity, uniform_factor, gap, min_life, primary_mass, late, onset_tolerance, end_tolerance, head_use: the
+            thresholds, see :class:`sinklens.Thresholds`.
+        norm_ratio, cosine: the direction method's criteria.
+        progress: show a bar; default in terminals and notebooks.
+
+    Cost: one forward for the scores; the residual methods one more per sequence.
+
+    Raises:
+        BadInputError: unknown method, or scores of other tokens.
+
+    Warns:
+        SinklensWarning: a sequence is too short for far importance anywhere (a token needs 32 queries at least 16
+            tokens away), so that its sinks cannot be told; or ``"wong"`` flags more than 5 % of all tokens.
+    """
+    if method not in METHODS:
+        raise BadInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    thresholds = Thresholds(
+        activity, uniform_factor, gap, min_life, primary_mass, late, onset_tolerance, end_tolerance, head_use,
+        norm_ratio, cosine,
+    )  # fmt: skip
+    batch = as_tokens(model, tokens)
+    if scores is None:
+        scores = sink_scores(model, batch, progress=progress)
+    elif scores.tokens.digest != batch.digest:
+        raise BadInputError("scores= belong to other tokens; leave it out or score these")
+    by_attention = from_scores(scores, thresholds)
+    if method == "direction":
+        return _by_direction(model, batch, by_attention, progress)
+    if method == "wong":
+        return _by_wong(model, batch, by_attention, progress)
+    return by_attention
+
+
+def from_scores(scores: SinkScores, thresholds: Thresholds = Thresholds()) -> SinkMap:  # noqa: B008
+    """The attention method on scores that are at hand; no model needed."""
+    mass = scores.beta.double().mean(2).float()
+    active = active_where(mass, scores.uniform, thresholds)
+    in_use = scores.beta > thresholds.head_use
+    sinks, strongest = assemble(active, mass, in_use, scores.tokens, thresholds, attended=None)
+    notes = _too_short(mass, scores.tokens)
+    for note in notes:
+        warnings.warn(note, SinklensWarning, stacklevel=3)
+    return SinkMap(
+        sinks, strongest, (), mass, scores.uniform, scores.tokens, thresholds, "attention", notes, scores.info
+    )
+
+
+def compare_methods(
+    model: TransformerBridge,
+    tokens: str | Sequence[str] | Tensor | Tokens,
+    *,
+    methods: Sequence[str] = METHODS,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """How far the methods agree on one model: counts per method, and for each pair the sinks found by both.
+
+    Columns: ``method, sinks, primary, secondary, share_of_tokens`` and, per other method, ``also_by_<method>`` (how
+    many of this method's (sequence, position) the other finds too).
+    """
+    batch = as_tokens(model, tokens)
+    scores = sink_scores(model, batch, progress=progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SinklensWarning)  # the table shows the shares
+        maps = {m: find_sinks(model, batch, method=m, scores=scores, progress=progress) for m in methods}
+    places = {m: {(s.sequence, s.position) for s in found} for m, found in maps.items()}
+    total = int(batch.lengths.sum())
+    rows = {
+        m: {
+            "method": m,
+            "sinks": len(found),
+            "primary": len(found.primary),
+            "secondary": len(found.secondary),
+            "massive_unattended": len(found.unattended),
+            "share_of_tokens": len(found) / total,
+        }
+        for m, found in maps.items()
+    }
+    for a, b in combinations(methods, 2):
+        rows[a][f"also_by_{b}"] = rows[b][f"also_by_{a}"] = len(places[a] & places[b])
+    return pd.DataFrame(rows.values())
+
+
+def _too_short(mass: Tensor, tokens: Tokens) -> tuple[str, ...]:
+    short = mass.isnan().all(1).all(1).nonzero().flatten().tolist()
+    if not short:
+        return ()
+    named = ", ".join(f"{i} ({int(tokens.lengths[i])} tokens)" for i in short[:5])
+    more = f" and {len(short) - 5} more" if len(short) > 5 else ""
+    return (
+        f"too few queries in sequence {named}{more}: no token is seen by {MIN_FAR_QUERIES} queries at least {FAR} "
+        f"tokens away, so far importance is undefined (NaN) and no sink can be told; give longer texts",
+    )
+
+
+def _by_direction(model: TransformerBridge, batch: Tokens, reference: SinkMap, progress: bool | None) -> SinkMap:
+    thresholds = reference.thresholds
+    active, used = direction_activity(model, batch, reference.strongest, thresholds, progress)
+    attended = active_where(reference.mass, reference.uniform, thresholds)
+    fixed = tuple(u if p is not None else None for u, p in zip(used, reference.strongest, strict=True))
+    found, strongest = assemble(
+        active, reference.mass, None, reference.tokens, thresholds, attended=attended, given_strongest=fixed
+    )
+    sinks = tuple(sink for sink in found if sink.attended is not False)
+    unattended = tuple(sink for sink in found if sink.attended is False)
+    return SinkMap(
+        sinks, strongest, unattended, reference.mass, reference.uniform, reference.tokens, thresholds, "direction",
+        reference.notes, reference.info,
+    )  # fmt: skip
+
+
+def _by_wong(model: TransformerBridge, batch: Tokens, reference: SinkMap, progress: bool | None) -> SinkMap:
+    attended = active_where(reference.mass, reference.uniform, reference.thresholds)
+    sinks: list[Sink] = []
+    for b, found in enumerate(wong_sequences(model, batch, progress)):
+        for token in found:
+            if token.label == "noise" or not token.layers:
+                continue
+            masses = reference.mass[b, :, token.position]
+            mass = float(masses[list(token.layers)].nanmean())
+            sinks.append(
+                Sink(
+                    sequence=b,
+                    position=token.position,
+                    token=reference.tokens.labels[b][token.position],
+                    token_id=int(reference.tokens.row(b)[token.position]),
+                    kind="primary" if token.label == "bos_sink" else "secondary",
+                    reason=token.label,
+                    onset=token.layers[0],
+                    end=token.layers[-1],
+                    lifetime=len(token.layers),
+                    mass=mass,
+                    bridged=token.layers[-1] - token.layers[0] + 1 - len(token.layers),
+                    episodes=((token.layers[0], token.layers[-1], mass),),
+                    masses=tuple(masses.tolist()),
+                    heads=(),
+                    attended=None if masses.isnan().all() else bool(attended[b, :, token.position].any()),
+                )
+            )
+    notes = reference.notes
+    share = len(sinks) / int(batch.lengths.sum())
+    if share > SUSPICIOUS_SHARE:
+        name = capabilities(model).model
+        note = (
+            f"method='wong' flags {len(sinks)} of {int(batch.lengths.sum())} tokens ({share:.0%}) of {name}: raw "
+            f"cosines are high between ordinary tokens here, so these are not sinks; use 'attention' or 'direction'"
+        )
+        warnings.warn(note, SinklensWarning, stacklevel=3)
+        notes = (*notes, note)
+    return SinkMap(
+        tuple(sinks), reference.strongest, (), reference.mass, reference.uniform, reference.tokens,
+        reference.thresholds, "wong", notes, reference.info,
+    )  # fmt: skip
