@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sinklens.anatomy import Anatomy, sink_anatomy
+    from sinklens.contexts import compare_contexts
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
     from sinklens.proof import Capabilities, capabilities
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
+    from sinklens.sink_page import write_sinks
     from sinklens.sinkmap import Sink, SinkMap
     from sinklens.sinks import compare_methods, find_sinks
     from sinklens.tokens import Tokens, load_tokens
+    from sinklens.views import TokenView, attention_grid, attention_map
 
 __version__ = "0.1.0"
 
 # Where each public name lives. Loaded at first use: importing the host takes seconds, importing sinklens must not.
 _HOMES = {
+    "Anatomy": "anatomy",
     "BadInputError": "errors",
     "Capabilities": "proof",
     "Sink": "sinkmap",
@@ -37,19 +42,26 @@ _HOMES = {
     "SinklensError": "errors",
     "SinklensWarning": "errors",
     "Thresholds": "lives",
+    "TokenView": "views",
     "Tokens": "tokens",
     "UnsupportedModelError": "errors",
+    "attention_grid": "views",
+    "attention_map": "views",
     "capabilities": "proof",
+    "compare_contexts": "contexts",
     "compare_methods": "sinks",
     "find_sinks": "sinks",
     "load_model": "models",
     "load_tokens": "tokens",
+    "sink_anatomy": "anatomy",
     "sink_scores": "scores",
     "token_loss": "metrics",
     "write_scan": "scan",
+    "write_sinks": "sink_page",
 }
 
 __all__ = [
+    "Anatomy",
     "BadInputError",
     "Capabilities",
     "Sink",
@@ -58,16 +70,22 @@ __all__ = [
     "SinklensError",
     "SinklensWarning",
     "Thresholds",
+    "TokenView",
     "Tokens",
     "UnsupportedModelError",
+    "attention_grid",
+    "attention_map",
     "capabilities",
+    "compare_contexts",
     "compare_methods",
     "find_sinks",
     "load_model",
     "load_tokens",
+    "sink_anatomy",
     "sink_scores",
     "token_loss",
     "write_scan",
+    "write_sinks",
 ]
 
 

@@ -2,7 +2,7 @@
 
 Every ratio compares the sink with the sequence's tokens that are no sink. Queries are those at least 16 tokens away.
 
-====================  ================================================================================================
+====================  ==============================================================================================
 ``residual_ratio``    ``|x_k|`` over the median ``|x_j|``, x = resid_pre
 ``max_ratio``         largest ``|x_k|`` entry over the median entry of the same hidden state
 ``massive_dims``      dimensions with ratio > 100; ``strict``: > 100 and > 1000 x median too (Sun et al. 2024)
@@ -11,8 +11,8 @@ Every ratio compares the sink with the sequence's tokens that are no sink. Queri
 ``margin``            competitor-free: mean over queries of ``log p_k - log sum of p_j over tokens that are no sink``
 ``k_ratio``           ``|k|``; ``v_ratio``: ``|v - b_V|``; ``ov_ratio``: ``|(v - b_V) W_O|``, each over the median
 ``dot``               mean ``q.k`` after RoPE (unscaled) = mean of ``|q| |k| cos``; ``q_norm``, ``k_norm``, ``cosine``
-                      are the means of its factors; ``other_*`` the same over keys that are no sink (Gu et al. 2025, Fig. 2)
-====================  ================================================================================================
+                      are the means of its factors; ``other_*`` the same over keys that are no sink (Gu et al. 2025)
+====================  ==============================================================================================
 
 A head's **class** (thresholds of arXiv 2606.08105): a sink *event* is one column that at least 90 % of the queries
 after the first give at least 0.5; then NOP if ``|u_s| / mean |u_j| <= 0.2`` (``u = (v - b_V) W_O``), broadcast if the
@@ -84,7 +84,8 @@ class Anatomy:
     def head_classes(self) -> pd.DataFrame:
         """Layer x head: the commonest class over sequences, the commonest sink kind, and in how many sequences."""
         rows = []
-        for (layer, head), group in self.use.groupby(["layer", "head"]):
+        for place, group in self.use.groupby(["layer", "head"]):
+            layer, head = place if isinstance(place, tuple) else (place, 0)
             classes, kinds = group["class"].value_counts(), group["kind"].value_counts()
             rows.append(
                 {
@@ -199,7 +200,7 @@ class _Subject:
     def run(self) -> None:
         """One forward; each layer is described as soon as its attention is complete."""
         points = {"hook_pattern", "hook_v", "hook_z", *(self.scored or ("hook_q", "hook_k"))}
-        hooks: list[tuple[str, Any]] = []
+        hooks: list[Any] = []
         for layer in range(self.facts.n_layers):
             hooks.append((block_input(layer), self._keep("resid_pre")))
             hooks += [(attention_hook(layer, point), self._keep(point)) for point in sorted(points)]
@@ -214,7 +215,7 @@ class _Subject:
         return hook
 
     def _describe(self, layer: int) -> Any:
-        def hook(residual: Tensor, hook: Any) -> None:
+        def hook(_: Tensor, hook: Any) -> None:
             self._residual(layer)
             self._attention(layer)
             self.seen.clear()

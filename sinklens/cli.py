@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from functools import wraps
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 stdout = Console()
+SHOWN_SINKS = 40
 
 ModelOption = Annotated[str, typer.Option("--model", help="Embedded name, folder, .gguf file or hub id.")]
 TextOption = Annotated[str | None, typer.Option("--text", help="A text or .jsonl file; - reads standard input.")]
@@ -37,6 +39,12 @@ class Context(str, Enum):
     natural = "natural"
     random = "random"
     repeat = "repeat"
+
+
+ContextOption = Annotated[Context, typer.Option(help="Natural text, random ids, or one id repeated.")]
+LengthOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence; default up to 512.")]
+CountOption = Annotated[int | None, typer.Option("--n-seqs", help="Sequences; default up to 16.")]
+SeedOption = Annotated[int, typer.Option(help="Which documents, which random ids.")]
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
@@ -94,12 +102,12 @@ def scan(
     model: ModelOption = DEFAULT_MODEL,
     text: TextOption = None,
     corpus: CorpusOption = None,
-    context: Annotated[Context, typer.Option(help="Natural text, random ids, or one id repeated.")] = Context.natural,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence; default up to 512.")] = None,
-    n_seqs: Annotated[int | None, typer.Option(help="Sequences; default up to 16.")] = None,
+    context: ContextOption = Context.natural,
+    seq_len: LengthOption = None,
+    n_seqs: CountOption = None,
     position: Annotated[int, typer.Option(help="The position whose sink rate is reported.")] = 0,
     epsilon: Annotated[float, typer.Option(help="The threshold of the sink rate.")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Which documents, which random ids.")] = 0,
+    seed: SeedOption = 0,
     out: OutOption = None,
 ) -> None:
     """Scan a model for attention sinks: the sink rate, the layers, the tokens that draw attention."""
@@ -119,8 +127,63 @@ def scan(
     if out is not None:
         command = ["sinklens", *sys.argv[1:]]
         paths = sl.write_scan(scores, out, position=position, epsilon=epsilon, loss=loss, command=command)
-        for path in paths.values():
-            stdout.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        _say_written(paths)
+
+
+@app.command()
+@friendly
+def sinks(
+    model: ModelOption = DEFAULT_MODEL,
+    text: TextOption = None,
+    corpus: CorpusOption = None,
+    context: ContextOption = Context.natural,
+    seq_len: LengthOption = None,
+    n_seqs: CountOption = None,
+    method: Annotated[str, typer.Option(help="attention, direction or wong.")] = "attention",
+    activity: Annotated[float, typer.Option(help="Smallest mass of an active layer.")] = 0.05,
+    seed: SeedOption = 0,
+    out: OutOption = None,
+) -> None:
+    """Find the sinks: primary and secondary, when each lives, what each head does with them."""
+    import sinklens as sl
+
+    loaded = sl.load_model(model)
+    tokens = sl.load_tokens(loaded, _source(text, corpus, context), n_seqs=n_seqs, seq_len=seq_len, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sl.SinklensWarning)  # the notes say it
+        found = sl.find_sinks(loaded, tokens, method=method, activity=activity)
+    anatomy = sl.sink_anatomy(loaded, found)
+    _show_sinks(found, anatomy)
+    if out is not None:
+        _say_written(sl.write_sinks(found, anatomy, out, command=["sinklens", *sys.argv[1:]]))
+
+
+def _show_sinks(found: Any, anatomy: Any) -> None:
+    """The sinks and the heads' classes on the terminal."""
+    counts = f"{len(found.primary)} primary, {len(found.secondary)} secondary sinks in {len(found.tokens)} sequence(s)"
+    stdout.print(f"{counts}, by {found.method}", highlight=False)
+    table = Table(
+        "sequence", "position", "token", "kind", "reason", "layers", "mass", "heads", box=None, pad_edge=False
+    )
+    for sink in list(found)[:SHOWN_SINKS]:
+        life = f"{sink.onset}-{sink.end}"
+        token = _plain(repr(sink.token))
+        where = f"{sink.sequence}", f"{sink.position}"
+        table.add_row(*where, token, sink.kind, sink.reason, life, _number(sink.mass), f"{len(sink.heads)}")
+    if len(found):
+        stdout.print(table)
+    if len(found) > SHOWN_SINKS:
+        stdout.print(f"... and {len(found) - SHOWN_SINKS} more; --out writes them all", highlight=False)
+    if len(anatomy.use):
+        classes = anatomy.head_classes()["class"].value_counts()
+        stdout.print("heads: " + ", ".join(f"{n} {name}" for name, n in classes.items()), highlight=False)
+    for note in (*found.notes, *anatomy.notes):
+        stdout.print(f"note: {_plain(note)}", highlight=False)
+
+
+def _say_written(paths: dict[str, Path]) -> None:
+    for path in paths.values():
+        stdout.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def _source(text: str | None, corpus: str | None, context: Context) -> str | list[str]:

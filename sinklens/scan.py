@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 
+from sinklens.pages import manifest, render
 from sinklens.plots import head_map, layer_profile, position_map
 from sinklens.results import atomic_path, write_text
 from sinklens.scores import SinkScores
@@ -22,7 +19,6 @@ from sinklens.statistics import MIN_DOCUMENTS
 
 TOP_TOKENS = 12
 STRIP_TOKENS = 160
-_PACKAGES = ("sinklens", "transformer-lens", "transformers", "torch", "numpy")
 
 
 @dataclass(frozen=True)
@@ -80,25 +76,6 @@ def summarize(scores: SinkScores, *, position: int = 0, epsilon: float = 0.3, lo
     )
 
 
-def manifest(scores: SinkScores, summary: ScanSummary, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything needed to run the scan again: versions, hashes, seed, command."""
-    return {
-        "command": list(command),
-        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "model": scores.info,
-        "tokens": {"sha256": scores.tokens.digest, **scores.tokens.info},
-        "sources": list(scores.tokens.sources),
-        "result": {
-            "position": summary.position,
-            "epsilon": summary.epsilon,
-            "sink_rate": summary.sink_rate,
-            "interval": summary.interval,
-            "loss": summary.loss,
-        },
-    }
-
-
 def write_scan(
     scores: SinkScores,
     out: str | os.PathLike[str],
@@ -114,7 +91,14 @@ def write_scan(
     """
     folder = Path(out)
     summary = summarize(scores, position=position, epsilon=epsilon, loss=loss)
-    facts = manifest(scores, summary, command)
+    result = {
+        "position": summary.position,
+        "epsilon": summary.epsilon,
+        "sink_rate": summary.sink_rate,
+        "interval": summary.interval,
+        "loss": summary.loss,
+    }
+    facts = manifest(scores.info, scores.tokens, result, command)
     paths = {name: folder / name for name in ("scan.html", "scores.parquet", "manifest.json")}
     with atomic_path(paths["scores.parquet"]) as partial:
         scores.to_dataframe().to_parquet(partial, index=False)
@@ -141,14 +125,10 @@ def page(scores: SinkScores, summary: ScanSummary, facts: dict[str, Any]) -> str
             "ends early is a secondary sink.",
         ),
     ]
-    plots = [
-        (figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}), caption)
-        for i, (figure, caption) in enumerate(figures)
-    ]
-    environment = Environment(loader=PackageLoader("sinklens"), autoescape=True)
-    return environment.get_template("scan.html").render(
+    return render(
+        "scan.html",
+        figures,
         summary=summary,
-        figures=plots,
         strip=text_strip(scores, 0),
         strip_cut=len(scores.tokens.labels[0]) > STRIP_TOKENS,
         tokens=summary.top_tokens.to_dict("records"),

@@ -58,8 +58,8 @@ def timeline(sinks: SinkMap) -> go.Figure:
     figure.update_yaxes(tickvals=rows, ticktext=labels, autorange="reversed", showgrid=False, automargin=True)
     cut = f"; the first {MOST_ROWS} of {len(sinks)}" if len(sinks) > MOST_ROWS else ""
     title = (
-        f"When each sink lives<br><sup>\u25a0 primary, \u25c6 secondary, \u25cb undetermined; position and token; colour: mean "
-        f"far importance over heads{cut}</sup>"
+        f"When each sink lives<br><sup>\u25a0 primary, \u25c6 secondary, \u25cb undetermined; position and token; "
+        f"colour: mean far importance over heads{cut}</sup>"
     )
     return themed(figure, title, height=170 + 26 * len(shown))
 
@@ -96,7 +96,7 @@ def anatomy_curves(anatomy: Anatomy, most: int = 8) -> go.Figure:
         colour = qualitative.Safe[i % len(qualitative.Safe)]
         for panel, (column, _, _) in enumerate(panels):
             source = values if column == "ov_ratio" else table
-            rows = source[(source[keys] == list(key)).all(axis=1)].sort_values("layer")
+            rows = pd.DataFrame(source[(source[keys] == list(key)).all(axis=1)]).sort_values(by="layer")
             figure.add_scatter(
                 x=rows.layer,
                 y=rows[column],

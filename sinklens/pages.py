@@ -1,0 +1,41 @@
+"""What every written page shares: the manifest, the template, plotly's script exactly once."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader
+
+from sinklens.tokens import Tokens
+
+_PACKAGES = ("sinklens", "transformer-lens", "transformers", "torch", "numpy")
+
+
+def manifest(
+    model: dict[str, Any], tokens: Tokens, result: dict[str, Any], command: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything needed to run it again: versions, hashes, seed, command; and the result in short."""
+    return {
+        "command": list(command),
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "model": model,
+        "tokens": {"sha256": tokens.digest, **tokens.info},
+        "sources": list(tokens.sources),
+        "result": result,
+    }
+
+
+def render(template: str, figures: Sequence[tuple[go.Figure, str]], **content: Any) -> str:
+    """A self-contained page: the template filled, each figure with its caption, text escaped."""
+    plots = [
+        (figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}), caption)
+        for i, (figure, caption) in enumerate(figures)
+    ]
+    environment = Environment(loader=PackageLoader("sinklens"), autoescape=True)
+    return environment.get_template(template).render(figures=plots, **content)
