@@ -123,7 +123,7 @@ def strongest(
         return None
     position = max(found, key=lambda p: main_life(found[p]).mass_sum)
     life = main_life(found[position])
-    lasts = last_active[position] >= (1 - thresholds.late) * n_layers
+    lasts = last_active[position] >= math.floor((1 - thresholds.late) * n_layers)
     return position if lasts and life.mass >= thresholds.primary_mass else None
 
 

@@ -164,7 +164,7 @@ class SinkMap:
         )
         return grouped.sort_values(["count", "onset"], ascending=[False, True], ignore_index=True)
 
-    def sweep(self, name: str = "activity", values: Sequence[float] = (0.03, 0.05, 0.07, 0.1)) -> pd.DataFrame:
+    def sweep(self, name: str = "activity", values: Sequence[float | int] = (0.03, 0.05, 0.07, 0.1)) -> pd.DataFrame:
         """How the counts depend on a threshold: one row per value. Counts have no plateau; publish this with them.
 
         Only for sinks found by attention; costs no forward.
@@ -225,7 +225,7 @@ class SinkMap:
         return timeline(self)
 
     def plot_sweep(
-        self, name: str = "activity", values: Sequence[float] = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2)
+        self, name: str = "activity", values: Sequence[float | int] = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2)
     ) -> Figure:
         """The counts of :meth:`sweep` as curves."""
         from sinklens.sink_plots import sweep_curves
