@@ -10,7 +10,7 @@ Every ratio compares the sink with the sequence's tokens that are no sink. Queri
 ``mass``              mean over heads of far importance beta
 ``margin``            competitor-free: mean over queries of ``log p_k - log sum of p_j over tokens that are no sink``
 ``k_ratio``           ``|k|``; ``v_ratio``: ``|v - b_V|``; ``ov_ratio``: ``|(v - b_V) W_O|``, each over the median
-``dot``               mean ``q.k`` after RoPE (unscaled) = mean of ``|q| |k| cos``; ``q_norm``, ``k_norm``, ``cosine``
+``qk``                mean ``q.k`` after RoPE (unscaled) = mean of ``|q| |k| cos``; ``q_norm``, ``k_norm``, ``cosine``
                       are the means of its factors; ``other_*`` the same over keys that are no sink (Gu et al. 2025)
 ====================  ==============================================================================================
 
@@ -143,7 +143,7 @@ def sink_anatomy(model: TransformerBridge, sinks: SinkMap, *, progress: bool | N
             advance()
     notes = []
     if scored_points(facts.fires, facts.rope) is None:
-        notes.append(f"{facts.architecture}: the host shows q and k only before RoPE; cosine and dot are NaN")
+        notes.append(f"{facts.architecture}: the host shows q and k only before RoPE; cosine and qk are NaN")
     if output_weights(model, 0) is None:
         notes.append(
             f"{facts.architecture}: the host does not show W_O by head; ov_ratio, value_ratio and class are NaN"
@@ -291,7 +291,7 @@ class _Subject:
                 row["q_norm"] = float(q[head, queries].norm(dim=-1).mean())
                 if geometry is not None:
                     dot, cosine, others = geometry
-                    row["dot"] = float(dot[head, queries, sink.position].mean())
+                    row["qk"] = float(dot[head, queries, sink.position].mean())
                     row["cosine"] = float(cosine[head, queries, sink.position].mean())
                     row |= {name: float(value[head]) for name, value in others.items()}
                 self.heads.append(row)
@@ -305,7 +305,7 @@ class _Subject:
         cosine = dot / (q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, None]).clamp(min=1e-30)
         pairs = allowed & self.far & self.no_sink
         others = {
-            "other_dot": dot[:, pairs].mean(-1),
+            "other_qk": dot[:, pairs].mean(-1),
             "other_cosine": cosine[:, pairs].mean(-1),
             "other_k_norm": k[:, self.no_sink].norm(dim=-1).mean(-1),
         }

@@ -39,8 +39,8 @@ def compare_contexts(
     for position 0 apart from all others.
 
     Columns: context, seq_len, sink_rate, low, high (BCa from 16 documents on, else NaN), alpha, primary, secondary,
-    secondary_per_100_tokens, first_kept_by_position, first_kept_by_token, others, others_kept_by_position,
-    others_kept_by_token.
+    secondary_per_100_tokens; and for shuffled rows the natural sinks at position 0 (first) and elsewhere (others):
+    first, first_kept_by_position, first_kept_by_token, others, others_kept_by_position, others_kept_by_token.
     """
     unknown = set(contexts) - set(CONTEXTS)
     if unknown:
@@ -114,7 +114,7 @@ def kept_shares(natural: SinkMap, shuffled: SinkMap, moved: Tensor) -> dict[str,
         ("first", [s for s in natural if s.position == 0]),
         ("others", [s for s in natural if s.position > 0]),
     ):
-        shares[name] = len(group)
+        shares[name] = float(len(group))
         count = max(1, len(group))
         by_position = sum((s.sequence, s.position) in still for s in group) / count
         by_token = sum((s.sequence, int(moved[s.sequence, s.position])) in still for s in group) / count

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import transformers as tf
@@ -31,7 +32,7 @@ def planted_model(
     config = tf.GPT2Config(
         vocab_size=8, n_positions=512, n_embd=D_MODEL, n_layer=n_layers, n_head=HEADS, bos_token_id=1, eos_token_id=2
     )
-    model = tf.GPT2LMHeadModel(config).eval()
+    model: Any = tf.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "ln" not in name:

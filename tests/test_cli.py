@@ -70,6 +70,34 @@ def test_scan_reads_standard_input_and_an_encoder_has_no_loss(text_a: str) -> No
     assert "loss" not in shown
 
 
+@pytest.mark.real
+def test_sinks_prints_the_sinks_and_writes_page_tables_and_manifest(tmp_path: Path, text_a: str) -> None:
+    code, shown = run("sinks", "--text", "-", "--out", str(tmp_path / "out"), input=text_a)
+    assert code == 0
+    assert "1 primary, 2 secondary sinks in 1 sequence(s), by attention" in shown
+    line = next(line for line in shown.splitlines() if line.split()[:2] == ["0", "10"])
+    assert line.split()[4:6] == ["secondary", "early_end"]
+    names = {"sinks.html", "sinks.csv", "layers.parquet", "heads.parquet", "use.parquet", "manifest.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    assert pd.read_csv(tmp_path / "out" / "sinks.csv").position.tolist() == [0, 10, 46]
+    page = (tmp_path / "out" / "sinks.html").read_text()
+    assert "early_end" in page
+    assert page.count("plotly.js v") == 1
+    facts = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert facts["result"]["secondary"] == 2
+
+
+@pytest.mark.real
+def test_sinks_of_a_short_text_says_why_there_are_none(tmp_path: Path) -> None:
+    code, shown = run("sinks", "--model", "minilm-l6", "--text", "-", "--out", str(tmp_path), input="a short text")
+    assert code == 0
+    assert "too few queries" in shown
+    assert "No sink was found" in (tmp_path / "sinks.html").read_text()
+    code, shown = run("sinks", "--method", "magic", "--text", "-", input="a short text")
+    assert code == 2
+    assert "method must be one of" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
