@@ -105,6 +105,28 @@ def sample_pieces(
     return pieces[:wanted]
 
 
+def beginnings(
+    documents: Sequence[tuple[str, Sequence[int]]], n_seqs: int | None, length: int, shortest: int, *, seed: int
+) -> list[Piece]:
+    """One piece per document with at least ``shortest`` ids: its first ``length`` ids at most, in seeded order.
+
+    Raises:
+        BadInputError: fewer such documents than ``n_seqs``, or none.
+    """
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    pieces = [
+        Piece(tuple(ids[:length]), f"{title} [0:{min(length, len(ids))}]", d)
+        for d, (title, ids) in ((d, documents[d]) for d in order)
+        if len(ids) >= shortest
+    ]
+    if len(pieces) < (n_seqs or 1):
+        raise BadInputError(
+            f"{len(pieces)} of {len(documents)} document(s) have at least {shortest} tokens, {n_seqs or 1} were asked "
+            f"for; lower n_seqs or min_len"
+        )
+    return pieces[:n_seqs]
+
+
 def _cut_label(title: str, part: int, length: int) -> str:
     return f"{title} [{part * length}:{(part + 1) * length}]"
 

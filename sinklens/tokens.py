@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.corpora import Piece, pieces_in_order, read_corpus, sample_pieces
+from sinklens.corpora import Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
 from sinklens.errors import BadInputError
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
@@ -179,6 +179,7 @@ def load_tokens(
     *,
     n_seqs: int | None = None,
     seq_len: int | None = None,
+    min_len: int | None = None,
     seed: int = 0,
     prepend_bos: bool | None = None,
 ) -> Tokens:
@@ -193,6 +194,8 @@ def load_tokens(
         n_seqs: how many sequences. Default: all texts of a list, else as many as there are, up to 16.
         seq_len: tokens per sequence, special tokens included; a source that cannot give that many raises. Default:
             whole texts for a list, else at most 512.
+        min_len: for a corpus or file: take every document with at least so many tokens, its first ``seq_len`` at most;
+            ``n_seqs`` is then how many of them, default all.
         seed: which documents (the first ``seq_len`` tokens of each; further pieces of a document only when all
             documents are used), and which random ids.
         prepend_bos: None follows how the model was trained; True and False force it. Never doubled.
@@ -202,6 +205,8 @@ def load_tokens(
     """
     words = vocabulary(model)
     _check_request(model, n_seqs, seq_len)
+    if min_len is not None and (source in ("random", "repeat") or not isinstance(source, (str, os.PathLike))):
+        raise BadInputError("min_len chooses documents of a corpus or file; ids and lists of texts have none to choose")
     prefix, suffix = words.special_tokens(prepend_bos)
     info: dict[str, Any] = {"seed": seed, "prepend_bos": bool(prefix), "model": capabilities(model).model}
     special = len(prefix) + len(suffix)
@@ -216,7 +221,10 @@ def load_tokens(
             texts, named = read_corpus(source)
             info |= named
             documents = [(title, words.encode(text)) for title, text in texts]
-            pieces = sample_pieces(documents, n_seqs, longest - special, exact=seq_len is not None, seed=seed)
+            if min_len is None:
+                pieces = sample_pieces(documents, n_seqs, longest - special, exact=seq_len is not None, seed=seed)
+            else:
+                pieces = beginnings(documents, n_seqs, longest - special, min_len - special, seed=seed)
     else:
         texts = [(f"text {i}", text) for i, text in enumerate(source)]
         info["source"] = "texts"

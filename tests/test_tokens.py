@@ -157,6 +157,19 @@ def test_pieces_come_from_new_documents_first_and_then_go_on() -> None:
     assert len(sample_pieces(documents, None, 50, exact=False, seed=0)) == 3, "short documents are pieces themselves"
 
 
+def test_every_document_that_is_long_enough_gives_its_beginning(plain: TransformerBridge, tmp_path: Path) -> None:
+    texts = ["the cat", "the cat sat on", "a mat on the cat sat on the mat"]
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    tokens = sl.load_tokens(plain, path, seq_len=5, min_len=4)
+    assert sorted(len(row) for row in tokens.labels) == [4, 5]
+    assert len(sl.load_tokens(plain, path, seq_len=5, min_len=2)) == 3
+    with pytest.raises(sl.BadInputError, match=r"2 of 3 document\(s\) have at least 4 tokens, 3 were asked"):
+        sl.load_tokens(plain, path, n_seqs=3, min_len=4)
+    with pytest.raises(sl.BadInputError, match="min_len chooses documents"):
+        sl.load_tokens(plain, ["the cat"], min_len=2)
+
+
 @pytest.mark.parametrize(
     ("texts", "n_seqs", "length", "message"),
     [
