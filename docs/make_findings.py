@@ -12,10 +12,12 @@ import argparse
 import json
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 import sinklens as sl
 from sinklens.residuals import wong_label, wong_level
@@ -82,7 +84,7 @@ def decoder(name: str) -> str:
         "### The count depends on the threshold\n\n" + table(sinks.sweep(values=(0.02, 0.03, 0.05, 0.07, 0.1, 0.15))),
         "### Agreement of the methods\n\n" + table(methods),
         "### What the heads do (commonest class over documents)\n\n" + table(kinds),
-        "### Token or position?\n\n" + table(sl.compare_contexts(model, lengths=(64, 256, 512))),
+        "### Token or position?\n\n" + table(sl.compare_contexts(model, lengths=(64, 256))),
     ]
     return "\n\n".join(parts)
 
@@ -125,12 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wong", nargs="*", type=Path, default=[])
     options = parser.parse_args()
+    with ProcessPoolExecutor(len(DECODERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        measured = list(pool.map(decoder, DECODERS))
     parts = [
         "# Findings: which sinks the embedded models have",
         f"Written by `python docs/make_findings.py` on {date.today()}, sinklens {sl.__version__}. Every document of "
         "`python-docs` with at least 256 tokens, the first 512 of each. The decoders are 4-bit GGUF weights, "
         "dequantised; the text is technical prose, so counts are this corpus's. Detection is correlational.",
-        *(decoder(name) for name in DECODERS),
+        *measured,
         encoder(),
     ]
     if options.wong:

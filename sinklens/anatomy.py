@@ -14,6 +14,9 @@ Every ratio compares the sink with the sequence's tokens that are no sink. Queri
                       are the means of its factors; ``other_*`` the same over keys that are no sink (Gu et al. 2025)
 ====================  ==============================================================================================
 
+Sources: norms of residual, key and value and the split of ``q.k``: Gu et al. 2025, section 3.1; massive activations:
+Sun et al. 2024; what a value writes through W_O: Kobayashi et al. 2020; the margin: docs/definitions.md, section 1.
+
 A head's **class** (thresholds of arXiv 2606.08105): a sink *event* is one column that at least 90 % of the queries
 after the first give at least 0.5; then NOP if ``|u_s| / mean |u_j| <= 0.2`` (``u = (v - b_V) W_O``), broadcast if the
 ratio is at least 0.5 and the stable rank ``|O|_F^2 / |O|_2^2`` of the head's output ``O = (Z - b_V) W_O`` over the
@@ -40,13 +43,15 @@ from sinklens.attention import (
     block_input,
     by_head,
     output_weights,
+    run_blocks,
     scored_points,
     value_bias,
 )
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
-from sinklens.importance import FAR
-from sinklens.proof import Capabilities, capabilities
+from sinklens.importance import FAR, MIN_FAR_QUERIES
+from sinklens.proof import Capabilities, capabilities, same_model
+from sinklens.residuals import typical_mean
 from sinklens.results import atomic_path
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.tokens import Tokens
@@ -125,10 +130,9 @@ def sink_anatomy(model: TransformerBridge, sinks: SinkMap, *, progress: bool | N
         BadInputError: the map belongs to another model.
     """
     facts = capabilities(model)
-    if sinks.n_layers != facts.n_layers:
-        raise BadInputError(
-            f"the sinks were found in a model of {sinks.n_layers} layers, this one has {facts.n_layers}"
-        )
+    if not same_model(sinks.info, facts):
+        found_in = sinks.info["capabilities"]["model"]
+        raise BadInputError(f"the sinks were found in another model ({found_in}) than {facts.model}; find them again")
     layers: list[dict[str, Any]] = []
     heads: list[dict[str, Any]] = []
     use: list[dict[str, Any]] = []
@@ -151,6 +155,12 @@ def sink_anatomy(model: TransformerBridge, sinks: SinkMap, *, progress: bool | N
     return Anatomy(pd.DataFrame(layers), pd.DataFrame(heads), pd.DataFrame(use), tuple(notes))
 
 
+def far_mean(attention: Float[Tensor, "*head query"]) -> Float[Tensor, "*head"]:
+    """The mean over far queries, NaN with fewer than 32 of them."""
+    enough = attention.shape[-1] >= MIN_FAR_QUERIES
+    return attention.mean(-1) if enough else attention.new_full(attention.shape[:-1], torch.nan)
+
+
 def competitor_free_margin(
     pattern: Float[Tensor, "head query key"], sink: int, no_sink: Bool[Tensor, " key"], queries: Bool[Tensor, " query"]
 ) -> Float[Tensor, " head"]:
@@ -165,8 +175,9 @@ def stable_rank(output: Float[Tensor, "head query d_head"], w_o: Float[Tensor, "
     root = torch.linalg.cholesky_ex(
         w_o.double() @ w_o.double().mT + 1e-12 * torch.eye(w_o.shape[1], dtype=torch.float64, device=w_o.device)
     ).L
-    values = torch.linalg.svdvals(output.double() @ root) ** 2
-    return values.sum(-1) / values[:, 0]
+    written = output.double() @ root
+    energies = torch.linalg.eigvalsh(written.mT @ written)  # squared singular values, ascending
+    return energies.sum(-1) / energies[:, -1]
 
 
 def head_class(event_share: float, value_ratio: float, rank: float) -> str:
@@ -188,7 +199,7 @@ class _Subject:
         self.one: Tokens = sinks.tokens[sequence].trim().to(str(model.cfg.device))
         self.length = int(self.one.lengths[0])
         self.no_sink = torch.ones(self.length, dtype=torch.bool, device=self.one.ids.device)
-        self.no_sink[[sink.position for sink in found]] = False
+        self.no_sink[[p for b, p in sinks.places or () if b == sequence]] = False
         position = torch.arange(self.length, device=self.one.ids.device)
         self.far = (position[:, None] - position).abs() >= FAR
         self.scored = scored_points(facts.fires, facts.rope)
@@ -205,8 +216,7 @@ class _Subject:
             hooks.append((block_input(layer), self._keep("resid_pre")))
             hooks += [(attention_hook(layer, point), self._keep(point)) for point in sorted(points)]
             hooks.append((f"blocks.{layer}.hook_out", self._describe(layer)))
-        with torch.no_grad():
-            self.model.run_with_hooks(self.one.ids, return_type=None, fwd_hooks=hooks)
+        run_blocks(self.model, self.one.ids, hooks)
 
     def _keep(self, name: str) -> Any:
         def hook(tensor: Tensor, hook: Any) -> None:
@@ -235,7 +245,7 @@ class _Subject:
         x = self.seen["resid_pre"][0].float()
         norm = x.norm(dim=-1)
         typical = norm[self.no_sink].median() if self.no_sink.any() else torch.tensor(torch.nan)
-        mu = x[norm < self.sinks.thresholds.norm_ratio * norm.median()].mean(0)
+        mu = typical_mean(x, self.sinks.thresholds.norm_ratio)[0]
         top = self.sinks.strongest[self.sequence]
         for sink in self.found:
             state = x[sink.position].abs()
@@ -279,7 +289,7 @@ class _Subject:
             queries = self.far[:, sink.position] & allowed[:, sink.position]
             margin = competitor_free_margin(pattern, sink.position, self.no_sink, queries)
             margins.append(margin)
-            beta = pattern[:, queries, sink.position].mean(-1)
+            beta = far_mean(pattern[:, queries, sink.position])
             for head in range(n_heads):
                 row = self._label(sink, layer) | {
                     "head": head,
@@ -342,4 +352,4 @@ class _Subject:
         queries = allowed[:, position].clone()
         queries[[0, position]] = False
         share = (pattern[queries, position] >= EVENT_ATTENTION).double().mean() if queries.any() else torch.tensor(0.0)
-        return float(pattern[far, position].mean()), float(share)
+        return float(far_mean(pattern[far, position])), float(share)

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from sinklens.errors import UnsupportedModelError
 
@@ -54,6 +55,8 @@ def declared_windows(model: TransformerBridge) -> tuple[int | None, ...]:
     """
     config = text_config(model)
     window: int | None = getattr(config, "sliding_window", None) or None
+    if getattr(config, "attention_layers", None):
+        return tuple(config.window_size if kind == "local" else None for kind in config.attention_layers)  # GPT-Neo
     kinds: list[str] | None = getattr(config, "layer_types", None)
     if kinds is None:
         return (window,) * model.cfg.n_layers
@@ -71,6 +74,42 @@ def learned_sink_logits(model: TransformerBridge, layer: int) -> Tensor | None:
     component: Any = model.blocks[layer].attn.original_component
     sinks = getattr(component, "sinks", None)
     return sinks if isinstance(sinks, Tensor) else None
+
+
+def run_blocks(
+    model: TransformerBridge,
+    ids: Int[Tensor, "batch pos"],
+    hooks: Sequence[tuple[str, Any]],
+    *,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    until: str | None = None,
+) -> None:
+    """Run the model with hooks, without gradients, as far as ``until`` (default: the last block's output).
+
+    The unembedding, which may cost more than all blocks of a small model, is not run.
+    """
+
+    def stop(tensor: Tensor, hook: Any) -> None:
+        raise StopAtLayerException(tensor[:, :0])
+
+    ended = (until or block_output(model.cfg.n_layers - 1), stop)
+    with torch.no_grad():
+        model.run_with_hooks(ids, attention_mask=mask, return_type=None, fwd_hooks=[*hooks, ended])
+
+
+def collect(model: TransformerBridge, ids: Int[Tensor, "1 pos"], names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors at the named hooks for one unpadded sequence; the forward ends at the last of them."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(tensor: Tensor, hook: Any) -> None:
+            kept[name] = tensor[0].detach()
+
+        return hook
+
+    past_blocks = [name for name in names if not name.startswith("blocks.")]
+    run_blocks(model, ids, [(name, keep(name)) for name in names], until=past_blocks[-1] if past_blocks else None)
+    return kept
 
 
 def allowed_keys(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sinklens.console import stderr
+from sinklens.corpora import is_file, shortened
 from sinklens.embedded import CATALOGUE, DEFAULT_MODEL
 from sinklens.errors import BadInputError, SinklensError
 
@@ -117,6 +118,7 @@ def scan(
 
     if not 0 <= epsilon < 1:
         raise BadInputError(f"epsilon must lie in [0, 1), got {epsilon}")
+    _check_out(out)
     source = _source(text, corpus, context)
     loaded = sl.load_model(model)
     tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
@@ -147,8 +149,10 @@ def sinks(
     """Find the sinks: primary and secondary, when each lives, what each head does with them."""
     import sinklens as sl
 
+    _check_out(out)
+    source = _source(text, corpus, context)
     loaded = sl.load_model(model)
-    tokens = sl.load_tokens(loaded, _source(text, corpus, context), n_seqs=n_seqs, seq_len=seq_len, seed=seed)
+    tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sl.SinklensWarning)  # the notes say it
         found = sl.find_sinks(loaded, tokens, method=method, activity=activity)
@@ -183,7 +187,7 @@ def _show_sinks(found: Any, anatomy: Any) -> None:
 
 def _say_written(paths: dict[str, Path]) -> None:
     for path in paths.values():
-        stdout.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        stdout.print(f"wrote {_plain(str(path))}", highlight=False, soft_wrap=True)
 
 
 def _source(text: str | None, corpus: str | None, context: Context) -> str | list[str]:
@@ -194,10 +198,19 @@ def _source(text: str | None, corpus: str | None, context: Context) -> str | lis
             raise BadInputError(f"--context {context.value} makes its own ids; drop --text and --corpus")
         return context.value
     if text == "-":
-        return [sys.stdin.read().rstrip("\r\n")]
-    if text is not None and not Path(text).is_file():
-        raise BadInputError(f"no file at {text!r}; --text takes a file, or - for standard input")
+        try:
+            return [sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")]
+        except UnicodeDecodeError as error:
+            raise BadInputError(f"standard input is not UTF-8 text ({error}); convert it first") from error
+    if text is not None and not is_file(text):
+        raise BadInputError(f"no file at {shortened(text)}; --text takes a file, or - for standard input")
     return text or corpus or "python-docs"
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuse an output folder that cannot be one before any work is done."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise BadInputError(f"--out {str(out)!r} is a file; give a folder")
 
 
 def _show(summary: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -37,20 +38,33 @@ def read_corpus(source: str | os.PathLike[str]) -> tuple[list[tuple[str, str]], 
     name = os.fspath(source)
     if name == "python-docs":
         documents = _python_docs()
-    elif Path(name).is_file():
+    elif is_file(name):
         documents = _read_file(Path(name))
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and Path(name).suffix == "":
+    elif re.fullmatch(r"[\w-]+/[\w.-]+", name) and Path(name).suffix not in (".txt", ".jsonl", ".json", ".md"):
         documents = _read_dataset(name)
     else:
         raise BadInputError(
-            f"no text source {name!r}: give python-docs, random, repeat, an existing text or .jsonl file, a dataset id "
-            f"such as NeelNanda/pile-10k, or the text itself in a list"
+            f"no text source {shortened(name)}: give python-docs, random, repeat, an existing text or .jsonl file, a "
+            f"dataset id such as NeelNanda/pile-10k, or the text itself in a list"
         )
     documents = [(title, text) for title, text in documents if text.strip()]
     if not documents:
         raise BadInputError(f"{name!r} holds no text")
     digest = hashlib.sha256("\0".join(text for _, text in documents).encode()).hexdigest()
     return documents, {"source": name, "corpus_sha256": digest, "documents": len(documents)}
+
+
+def is_file(name: str) -> bool:
+    """Whether the name is that of an existing file; False for what can be no name at all, such as a long text."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text as an error message may quote it."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
 
 
 def pieces_in_order(
@@ -79,22 +93,24 @@ def sample_pieces(
 ) -> list[Piece]:
     """Pieces of ``length`` ids: the beginning of each document first, in seeded order, then what follows it.
 
-    One piece per document as long as there are documents, so that sequences are independent. Where no document is
-    long enough and ``exact`` is False, whole documents are the pieces.
+    One piece per document as long as there are documents, so that sequences are independent. Unless ``exact``, whole
+    documents that are shorter follow the first pieces, before any document gives a second one.
 
     Raises:
         BadInputError: not enough text.
     """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    rounds = max(len(ids) for _, ids in documents) // length if length > 0 else 0
-    pieces = [
-        Piece(tuple(documents[d][1][r * length : (r + 1) * length]), _cut_label(documents[d][0], r, length), d)
-        for r in range(rounds)
-        for d in order
-        if len(documents[d][1]) >= (r + 1) * length
-    ]
+    pieces: list[Piece] = []
+    for part in range(max(len(ids) for _, ids in documents) // length if length > 0 else 0):
+        for d in order:
+            title, ids = documents[d]
+            if len(ids) >= (part + 1) * length:
+                chosen = tuple(ids[part * length : (part + 1) * length])
+                pieces.append(Piece(chosen, _cut_label(title, part, length), d))
+        if part == 0 and not exact:
+            pieces += _short_ones(documents, order, length)
     if not pieces and not exact:
-        pieces = [Piece(tuple(documents[d][1][:length]), documents[d][0], d) for d in order if documents[d][1]]
+        pieces = _short_ones(documents, order, length)
     wanted = n_seqs or min(DEFAULT_SEQS, max(1, len(pieces)))
     if len(pieces) < wanted:
         total = sum(len(ids) for _, ids in documents)
@@ -103,6 +119,10 @@ def sample_pieces(
             f"sequences of {length} tokens, not {wanted}; lower n_seqs or seq_len"
         )
     return pieces[:wanted]
+
+
+def _short_ones(documents: Sequence[tuple[str, Sequence[int]]], order: Sequence[int], length: int) -> list[Piece]:
+    return [Piece(tuple(documents[d][1]), documents[d][0], d) for d in order if 1 < len(documents[d][1]) < length]
 
 
 def beginnings(
@@ -140,13 +160,13 @@ def _python_docs() -> list[tuple[str, str]]:
 
 def _read_file(path: Path) -> list[tuple[str, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInputError(f"{str(path)!r} is not UTF-8 text ({error}); convert it first") from error
     if path.suffix != ".jsonl":
         return [(path.name, text.rstrip("\r\n"))]  # a file's last newline belongs to the file, not to the text
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

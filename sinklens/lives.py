@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.errors import BadInputError
+
 FEWEST_LAYERS_FOR_KINDS = 6
 
 
@@ -44,6 +46,12 @@ class Thresholds:
     head_use: float = 0.3
     norm_ratio: float = 3.0
     cosine: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            share = name in ("min_life", "late", "onset_tolerance", "end_tolerance", "cosine")
+            if not 0 <= value < math.inf or (share and value > 1):
+                raise BadInputError(f"{name} must be {'between 0 and 1' if share else 'at least 0'}, got {value}")
 
     def shortest_life(self, n_layers: int) -> int:
         """``max(1, ceil(min_life * L))``."""
@@ -86,15 +94,21 @@ def activity(
     return mass >= floor
 
 
-def lives(active: Sequence[bool], mass: Sequence[float], thresholds: Thresholds) -> list[Life]:
-    """The lives of one position, in order. A layer with NaN mass and no activity is unknown: it opens no gap."""
+def lives(
+    active: Sequence[bool], mass: Sequence[float], thresholds: Thresholds, known: Sequence[bool] | None = None
+) -> list[Life]:
+    """The lives of one position, in order.
+
+    ``known`` says in which layers activity could be judged (default: where the mass is no NaN); the others open no gap.
+    """
+    known = [not math.isnan(value) for value in mass] if known is None else known
     n_layers = len(active)
     runs: list[tuple[int, int, int]] = []
     for layer in (i for i in range(n_layers) if active[i]):
         if runs:
             onset, end, bridged = runs[-1]
             between = range(end + 1, layer)
-            gap = sum(not math.isnan(mass[i]) for i in between)
+            gap = sum(known[i] for i in between)
             if gap <= thresholds.gap:
                 runs[-1] = (onset, layer, bridged + len(between))
                 continue

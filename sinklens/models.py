@@ -60,7 +60,7 @@ def load_model(
     if isinstance(name, (TransformerBridge, PreTrainedModel)):
         if device is not None or dtype is not None or device_map is not None:
             raise BadInputError("device, dtype and device_map are for models loaded by name; move the object yourself")
-        bridge = _prepare_bridge(name) if isinstance(name, TransformerBridge) else _boot_object(name, tokenizer)
+        bridge = name if isinstance(name, TransformerBridge) else _boot_object(name, tokenizer)
     elif tokenizer is not None:
         raise BadInputError("tokenizer= goes with a transformers model object; a named model brings its own")
     else:
@@ -232,13 +232,4 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: 
             f"{name}: TransformerLens cannot wrap {architecture} ({str(error).splitlines()[0]})"
         ) from error
     _native_tokenizers[bridge] = native
-    return bridge
-
-
-def _prepare_bridge(bridge: TransformerBridge) -> TransformerBridge:
-    if getattr(bridge, "compatibility_mode", False):
-        raise UnsupportedModelError(
-            f"{bridge.cfg.model_name} is in compatibility mode, which folds value biases as if every attention row "
-            f"summed to 1; boot it again without enable_compatibility_mode()"
-        )
     return bridge

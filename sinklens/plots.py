@@ -71,7 +71,7 @@ def position_map(scores: SinkScores, sequence: int = 0) -> go.Figure:
     labels = scores.tokens.labels[sequence]
     hover = [
         [
-            f"layer {layer}, position {p}: {labels[p]!r}<br>alpha {float(alpha[layer, p]):.3f}, "
+            f"layer {layer}, position {p}: {escape_hover(repr(labels[p]))}<br>alpha {float(alpha[layer, p]):.3f}, "
             f"beta {float(beta[layer, p]):.3f}"
             for p in range(length)
         ]
@@ -80,7 +80,7 @@ def position_map(scores: SinkScores, sequence: int = 0) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=(beta if far else alpha).tolist(),
-            text=[[escape_hover(text) for text in row] for row in hover],
+            text=hover,
             hovertemplate="%{text}<extra></extra>",
             colorscale=SCALE,
             zmin=0,

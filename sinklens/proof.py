@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,7 @@ from sinklens.attention import (
     allowed_keys,
     attention_hook,
     block_output,
+    by_head,
     context_window,
     declared_windows,
     learned_sink_logits,
@@ -106,9 +107,20 @@ def capabilities(model: TransformerBridge | torch.nn.Module) -> Capabilities:
         raise UnsupportedModelError(
             f"{type(model).__name__} is no TransformerBridge; pass what sinklens.load_model returns"
         )
+    if model.compatibility_mode:
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name} is in compatibility mode, which folds value biases as if every attention row "
+            f"summed to 1; boot it again without enable_compatibility_mode()"
+        )
     if model not in _records:
         _records[model] = prove(model)
     return _records[model]
+
+
+def same_model(info: dict[str, Any], facts: Capabilities) -> bool:
+    """Whether a result's info names the model with this record (weights are not compared)."""
+    recorded = {k: tuple(v) if isinstance(v, list) else v for k, v in info["capabilities"].items()}
+    return recorded == asdict(facts)
 
 
 def check_finite_weights(parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -298,22 +310,12 @@ def _heads_first(seen: dict[str, Tensor]) -> bool:
     return v is not None and v.ndim == 4 and v.shape[1] != PROBE_LENGTH
 
 
-def _values_by_head(v: Tensor, pattern: Tensor) -> Tensor | None:
-    """hook_v as [batch, head, pos, d_head], repeated over the query heads that share it."""
-    heads, length = pattern.shape[1], pattern.shape[-1]
-    if v.ndim != 4:
-        return None
-    if v.shape[1] == length:
-        v = v.transpose(1, 2)
-    return v.repeat_interleave(heads // v.shape[1], dim=1) if heads % v.shape[1] == 0 else None
-
-
 def _z_is_pattern_v(seen: dict[str, Tensor]) -> bool:
     pattern = seen[attention_hook(0, "hook_pattern")]
     v, z = (seen.get(attention_hook(0, point)) for point in ("hook_v", "hook_z"))
-    values = None if v is None else _values_by_head(v, pattern)
-    if values is None or z is None:
+    if v is None or z is None or v.ndim != 4:
         return False
+    values = by_head(v, _heads_first(seen), pattern.shape[1])
     product = (pattern @ values).transpose(1, 2)
     if z.shape != product.shape:
         return False

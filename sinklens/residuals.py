@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_input, block_output
+from sinklens.attention import block_input, block_output, collect
 from sinklens.console import progress_bar
 from sinklens.lives import Thresholds
 from sinklens.proof import capabilities
@@ -50,7 +49,7 @@ def direction_activity(
     names = [block_input(layer) for layer in range(facts.n_layers)]
     with progress_bar("residual directions", len(batch), progress) as advance:
         for b in range(len(batch)):
-            residual = torch.stack(_residuals(model, batch[b].trim(), names))
+            residual = _states(model, batch[b].trim(), names)
             chosen, found = direction_criterion(residual, strongest[b], thresholds)
             used.append(chosen)
             active[b, :, : found.shape[1]] = found.cpu()
@@ -70,9 +69,7 @@ def direction_criterion(
         if not massive.any():
             return None, massive
         reference = int(ratio.max(dim=0).values.argmax())
-    ordinary = (~massive).float()[..., None]
-    mu = (residual * ordinary).sum(1, keepdim=True) / ordinary.sum(1, keepdim=True).clamp(min=1)
-    centred = residual - mu
+    centred = residual - typical_mean(residual, thresholds.norm_ratio)
     cosine = torch.cosine_similarity(centred, centred[:, reference, None], dim=-1)
     return reference, massive & (cosine.abs() >= thresholds.cosine)
 
@@ -102,6 +99,8 @@ def wong_label(lifetime: int, n_layers: int) -> str:
 def wong_detect(states: Float[Tensor, "layer pos d_model"], candidates: Sequence[int] = (0, 1)) -> list[WongSink]:
     """The published detector on one sequence's hidden states (block outputs, embedding dropped)."""
     n_layers = states.shape[0]
+    if n_layers < 2:
+        return []  # a rise and a fall need two layers
     norms = states[:, list(candidates)].norm(dim=-1)
     bos = int(norms.mean(0).argmax())  # verbatim: the index in the candidate list is taken for the position
     rise = states[:, bos].norm(dim=-1).diff()
@@ -129,21 +128,18 @@ def wong_sequences(model: TransformerBridge, batch: Tokens, progress: bool | Non
         for b in range(len(batch)):
             one = batch[b].trim()
             candidates = [0, 1] if int(one.lengths[0]) > 1 else [0]
-            found.append(wong_detect(torch.stack(_residuals(model, one, names)).float(), candidates))
+            found.append(wong_detect(_states(model, one, names).float(), candidates))
             advance()
     return found
 
 
-def _residuals(model: TransformerBridge, one: Tokens, names: Sequence[str]) -> list[Tensor]:
-    """The tensors at the named hooks for one unpadded sequence, each [pos, d_model]."""
-    kept: dict[str, Tensor] = {}
+def typical_mean(residual: Float[Tensor, "*layer pos d_model"], norm_ratio: float) -> Float[Tensor, "*layer 1 d_model"]:
+    """mu: the mean over the tokens whose norm is below ``norm_ratio`` times the median norm."""
+    norm = residual.norm(dim=-1)
+    ordinary = (norm < norm_ratio * norm.median(dim=-1, keepdim=True).values).to(residual)[..., None]
+    return (residual * ordinary).sum(-2, keepdim=True) / ordinary.sum(-2, keepdim=True).clamp(min=1)
 
-    def keep(name: str) -> Any:
-        def hook(tensor: Tensor, hook: Any) -> None:
-            kept[name] = tensor[0].detach()
 
-        return hook
-
-    with torch.no_grad():
-        model.run_with_hooks(one.ids, return_type=None, fwd_hooks=[(name, keep(name)) for name in names])
-    return [kept[name] for name in names]
+def _states(model: TransformerBridge, one: Tokens, names: Sequence[str]) -> Float[Tensor, "layer pos d_model"]:
+    kept = collect(model, one.ids, names)
+    return torch.stack([kept[name] for name in names])

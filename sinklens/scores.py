@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from sinklens.attention import attention_hook, block_output
+from sinklens.attention import attention_hook, run_blocks
 from sinklens.console import Advance, progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.importance import by_position, column_means, visibility
+from sinklens.importance import by_position, column_means, never_far, visibility
 from sinklens.proof import Capabilities, capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.statistics import interval
@@ -300,17 +299,17 @@ def _score_group(
                 f"{facts.model}: layer {layer} puts {found.outside:.2g} of a query's attention outside what its "
                 f"configuration declares (window={window}, causal={facts.causal}), or yields NaN; alpha would be wrong"
             )
+        if window is None and never_far(pattern, batch.mask):
+            raise UnsupportedModelError(
+                f"{facts.model}: layer {layer} gives exactly no attention to distant keys although its configuration "
+                f"declares no window; alpha would have a wrong denominator. Please report this architecture"
+            )
         alpha.append(by_position(found.alpha, batch.mask).cpu())
         beta.append(by_position(found.beta, batch.mask).cpu())
         rest.append(found.row_rest.cpu())
         advance()
 
-    def stop(residual: Tensor, hook: Any) -> None:
-        raise StopAtLayerException(residual[:, :0])  # the unembedding is not needed
-
     hooks: list[Any] = [(attention_hook(layer, "hook_pattern"), reduce) for layer in range(facts.n_layers)]
-    hooks.append((block_output(facts.n_layers - 1), stop))
-    with torch.no_grad():
-        model.run_with_hooks(batch.ids, attention_mask=batch.mask, fwd_hooks=hooks)
+    run_blocks(model, batch.ids, hooks, mask=batch.mask)
     uniform = [by_position(seen_by[window].uniform, batch.mask).cpu() for window in facts.windows]
     return torch.stack(alpha, 1), torch.stack(beta, 1), torch.stack(uniform, 1), torch.stack(rest, 1)

@@ -33,7 +33,8 @@ class Sink:
         sequence, position: where; the position counts from the sequence's first unpadded token.
         token, token_id: what stands there.
         kind: ``"primary"``, ``"secondary"`` or ``"undetermined"`` (fewer than 6 layers).
-        reason: why it is not primary: late_onset, early_end, both, early_onset, late_end, no_primary, few_layers.
+        reason: why it is not primary: late_onset, early_end, both, early_onset, late_end, no_primary; or why the
+            kind is undetermined: few_layers, too_few_queries.
         onset, end, lifetime: layers in which attention uses it; of its life with the largest summed mass.
         mass: mean over that life of the mean far importance over heads; NaN where beta is undefined.
         bridged: inactive layers inside the life.
@@ -78,6 +79,8 @@ class SinkMap:
         thresholds, method: how the sinks were found.
         notes: what the reader should know, such as sequences with too few queries.
         info: model and versions.
+        places: (sequence, position) of all sinks that were found; a filtered map still knows them, since "no sink"
+            means none of these.
     """
 
     sinks: tuple[Sink, ...]
@@ -90,6 +93,11 @@ class SinkMap:
     method: str
     notes: tuple[str, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
+    places: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.places is None:
+            object.__setattr__(self, "places", tuple((s.sequence, s.position) for s in self.sinks))
 
     def __iter__(self) -> Iterator[Sink]:
         return iter(self.sinks)
@@ -155,8 +163,13 @@ class SinkMap:
         return [sink.position for sink in self.where(sequence=sequence)]
 
     def levels(self) -> pd.DataFrame:
-        """How many sinks have each (onset, lifetime), with their kinds and mean mass (Wong et al.'s sink levels)."""
+        """How many sinks have each (onset, lifetime), with their kinds and mean mass (Wong et al.'s sink levels).
+
+        For ``method="wong"`` the onset is the published one: the first block output, ``residual_onset``.
+        """
         table = self.to_dataframe()
+        if self.method == "wong":
+            table["onset"] = table.residual_onset
         if table.empty:
             return pd.DataFrame(columns=pd.Index(["onset", "lifetime", "kind", "count", "mass"]))
         grouped = table.groupby(["onset", "lifetime", "kind"], as_index=False).agg(
@@ -246,6 +259,7 @@ class SinkMap:
             "sinks": [asdict(sink) for sink in self.sinks],
             "unattended": [asdict(sink) for sink in self.unattended],
             "strongest": list(self.strongest),
+            "places": [list(place) for place in self.places or ()],
             "thresholds": asdict(self.thresholds),
             "method": self.method,
             "notes": list(self.notes),
@@ -263,6 +277,7 @@ class SinkMap:
             sinks=tuple(_sink_from_json(s) for s in meta["sinks"]),
             unattended=tuple(_sink_from_json(s) for s in meta["unattended"]),
             strongest=tuple(meta["strongest"]),
+            places=tuple((int(a), int(b)) for a, b in meta["places"]),
             mass=tensors["mass"],
             uniform=tensors["uniform"],
             tokens=Tokens.from_parts(batch, meta["tokens"]),
@@ -300,7 +315,8 @@ def assemble(
         length = int(tokens.lengths[b])
         found: dict[int, list[Life]] = {}
         for p in active[b, :, :length].any(0).nonzero().flatten().tolist():
-            at = lives(active[b, :, p].tolist(), mass[b, :, p].tolist(), thresholds)
+            known = None if attended is None else [True] * n_layers  # other methods judge every layer
+            at = lives(active[b, :, p].tolist(), mass[b, :, p].tolist(), thresholds, known)
             if at:
                 found[p] = at
         last = {p: int(active[b, :, p].nonzero()[-1]) for p in found}
@@ -310,6 +326,8 @@ def assemble(
         for p, at in sorted(found.items()):
             life = main_life(at)
             kind, reason = kind_of(life, reference, n_layers, thresholds)
+            if reason == "no_primary" and bool(mass[b].isnan().all()):
+                kind, reason = "undetermined", "too_few_queries"
             use = [] if heads_in_use is None else heads_in_use[b, :, :, p].nonzero().tolist()
             unknown = bool(mass[b, :, p].isnan().all())
             by_attention = active if attended is None else attended

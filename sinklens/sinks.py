@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import pandas as pd
@@ -14,7 +15,7 @@ from sinklens.errors import BadInputError, SinklensWarning
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
 from sinklens.lives import activity as active_where
-from sinklens.proof import capabilities
+from sinklens.proof import capabilities, same_model
 from sinklens.residuals import direction_activity, wong_sequences
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.sinkmap import Sink, SinkMap, assemble
@@ -81,6 +82,8 @@ def find_sinks(
         scores = sink_scores(model, batch, progress=progress)
     elif scores.tokens.digest != batch.digest:
         raise BadInputError("scores= belong to other tokens; leave it out or score these")
+    elif not same_model(scores.info, capabilities(model)):
+        raise BadInputError("scores= belong to another model; leave it out or score with this one")
     by_attention = from_scores(scores, thresholds)
     if method == "direction":
         return _by_direction(model, batch, by_attention, progress)
@@ -160,10 +163,7 @@ def _by_direction(model: TransformerBridge, batch: Tokens, reference: SinkMap, p
     )
     sinks = tuple(sink for sink in found if sink.attended is not False)
     unattended = tuple(sink for sink in found if sink.attended is False)
-    return SinkMap(
-        sinks, strongest, unattended, reference.mass, reference.uniform, reference.tokens, thresholds, "direction",
-        reference.notes, reference.info,
-    )  # fmt: skip
+    return replace(reference, sinks=sinks, strongest=strongest, unattended=unattended, method="direction", places=None)
 
 
 def _by_wong(model: TransformerBridge, batch: Tokens, reference: SinkMap, progress: bool | None) -> SinkMap:
@@ -174,7 +174,8 @@ def _by_wong(model: TransformerBridge, batch: Tokens, reference: SinkMap, progre
             if token.label == "noise" or not token.layers:
                 continue
             masses = reference.mass[b, :, token.position]
-            mass = float(masses[list(token.layers)].nanmean())
+            read_by = [min(layer + 1, len(masses) - 1) for layer in token.layers]  # block outputs, read one layer later
+            mass = float(masses[read_by].nanmean())
             sinks.append(
                 Sink(
                     sequence=b,
@@ -183,12 +184,12 @@ def _by_wong(model: TransformerBridge, batch: Tokens, reference: SinkMap, progre
                     token_id=int(reference.tokens.row(b)[token.position]),
                     kind="primary" if token.label == "bos_sink" else "secondary",
                     reason=token.label,
-                    onset=token.layers[0],
-                    end=token.layers[-1],
+                    onset=read_by[0],
+                    end=read_by[-1],
                     lifetime=len(token.layers),
                     mass=mass,
                     bridged=token.layers[-1] - token.layers[0] + 1 - len(token.layers),
-                    episodes=((token.layers[0], token.layers[-1], mass),),
+                    episodes=((read_by[0], read_by[-1], mass),),
                     masses=tuple(masses.tolist()),
                     heads=(),
                     attended=None if masses.isnan().all() else bool(attended[b, :, token.position].any()),
@@ -204,7 +205,4 @@ def _by_wong(model: TransformerBridge, batch: Tokens, reference: SinkMap, progre
         )
         warnings.warn(note, SinklensWarning, stacklevel=3)
         notes = (*notes, note)
-    return SinkMap(
-        tuple(sinks), reference.strongest, (), reference.mass, reference.uniform, reference.tokens,
-        reference.thresholds, "wong", notes, reference.info,
-    )  # fmt: skip
+    return replace(reference, sinks=tuple(sinks), method="wong", notes=notes, places=None)

@@ -13,10 +13,13 @@ from torch import Tensor
 MIN_DOCUMENTS = 16
 
 
-def document_means(values: Float[Tensor, " sequence"], documents: Sequence[int]) -> Float[Tensor, " document"]:
-    """The mean of each document's sequences: the independent units of an interval."""
+def document_sums(
+    values: Float[Tensor, " sequence"], documents: Sequence[int]
+) -> tuple[Float[np.ndarray, " document"], Float[np.ndarray, " document"]]:
+    """The sum and the number of each document's sequences: documents are the independent units of an interval."""
     index = torch.tensor(documents, device=values.device)
-    return torch.stack([values[index == d].mean() for d in dict.fromkeys(documents)])
+    groups = [values[index == d] for d in dict.fromkeys(documents)]
+    return np.array([float(g.sum()) for g in groups]), np.array([float(len(g)) for g in groups])
 
 
 def interval(
@@ -27,18 +30,20 @@ def interval(
     seed: int = 0,
     resamples: int = 4999,
 ) -> tuple[float, float] | None:
-    """The BCa bootstrap interval of the mean over documents, or None with fewer than 16 of them.
+    """The BCa bootstrap interval of the mean over sequences, resampling documents; None with fewer than 16 of them.
 
     Source: Efron 1987, by ``scipy.stats.bootstrap``. A constant sample gives the point itself.
     """
-    units = document_means(values.double().cpu(), documents).numpy()
-    if len(units) < MIN_DOCUMENTS:
+    sums, counts = document_sums(values.double().cpu(), documents)
+    if len(sums) < MIN_DOCUMENTS:
         return None
-    if np.ptp(units) == 0:
-        return float(units[0]), float(units[0])
+    if np.ptp(sums / counts) == 0:
+        return float(sums[0] / counts[0]), float(sums[0] / counts[0])
     found = bootstrap(
-        (units,),
-        np.mean,
+        (sums, counts),
+        lambda total, number, axis: total.sum(axis=axis) / number.sum(axis=axis),
+        paired=True,
+        vectorized=True,
         n_resamples=resamples,
         confidence_level=confidence,
         method="BCa",

@@ -19,13 +19,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.corpora import Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
+from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
 from sinklens.errors import BadInputError
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.vocabulary import Vocabulary, vocabulary
 
-DEFAULT_SEQS = 16
 DEFAULT_LENGTH = 512
 
 
@@ -56,9 +55,16 @@ class Tokens:
         return self.ids.shape[0]
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> Tokens:
-        """Some of the sequences, in the order asked for."""
-        rows = list(range(len(self)))[index] if isinstance(index, slice) else index
-        rows = [rows] if isinstance(rows, int) else list(rows)
+        """Some of the sequences, in the order asked for.
+
+        Raises:
+            BadInputError: no sequence, one out of range, or booleans instead of numbers.
+        """
+        everything = range(len(self))
+        chosen = everything[index] if isinstance(index, slice) else [index] if isinstance(index, int) else index
+        rows = [row for row in chosen if type(row) is int and -len(self) <= row < len(self)]
+        if not rows or len(rows) != len(chosen):
+            raise BadInputError(f"{index!r} does not choose from {len(self)} sequences: give their numbers as integers")
         return replace(
             self,
             ids=self.ids[rows],
@@ -220,17 +226,20 @@ def load_tokens(
         else:
             texts, named = read_corpus(source)
             info |= named
-            documents = [(title, words.encode(text)) for title, text in texts]
+            documents = [(title, words.body(text, prefix, suffix)) for title, text in texts]
             if min_len is None:
                 pieces = sample_pieces(documents, n_seqs, longest - special, exact=seq_len is not None, seed=seed)
             else:
                 pieces = beginnings(documents, n_seqs, longest - special, min_len - special, seed=seed)
     else:
+        strange = [type(text).__name__ for text in source if not isinstance(text, str)]
+        if strange:
+            raise BadInputError(f"a list of texts must hold strings, got {strange[0]}; give ids as a LongTensor")
         texts = [(f"text {i}", text) for i, text in enumerate(source)]
         info["source"] = "texts"
-        documents = [(title, words.encode(text)) for title, text in texts]
+        documents = [(title, words.body(text, prefix, suffix)) for title, text in texts]
         pieces = pieces_in_order(documents, n_seqs, None if seq_len is None else seq_len - special)
-    rows = [words.wrap(piece.ids, prefix, suffix) for piece in pieces]
+    rows = [[*prefix, *piece.ids, *suffix] for piece in pieces]
     sources, documents_of_rows = [p.source for p in pieces], [p.document for p in pieces]
     return _checked(model, _pad_rows(rows, words, sources, documents_of_rows, info))
 
@@ -248,8 +257,10 @@ def as_tokens(model: TransformerBridge, tokens: str | Sequence[str] | Tensor | T
         batch = _from_ids(tokens, words)
     elif isinstance(tokens, str):
         batch = load_tokens(model, [tokens])
+    elif isinstance(tokens, Sequence):
+        batch = load_tokens(model, tokens)
     else:
-        batch = load_tokens(model, list(tokens))
+        raise BadInputError(f"tokens must be a text, a list of texts, token ids or Tokens, got {type(tokens).__name__}")
     return _checked(model, batch).to(str(model.cfg.device))
 
 

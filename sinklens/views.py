@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import allowed_keys, attention_hook
+from sinklens.attention import allowed_keys, attention_hook, collect
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.plots import SCALE, escape_hover, themed
 from sinklens.proof import Capabilities, capabilities
@@ -150,23 +150,14 @@ def attention_values(
     facts = capabilities(model)
     _check_choice(facts, layers, head, kind)
     point = "hook_pattern" if kind == "probabilities" else "hook_attn_scores"
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Any:
-        def hook(tensor: Tensor, hook: Any) -> None:
-            kept[layer] = tensor[0, head].detach().float().cpu()
-
-        return hook
-
-    with torch.no_grad():
-        hooks: list[Any] = [(attention_hook(layer, point), keep(layer)) for layer in layers]
-        model.run_with_hooks(one.ids, return_type=None, fwd_hooks=hooks)
+    names = {layer: attention_hook(layer, point) for layer in layers}
+    kept = collect(model, one.ids, list(names.values()))
     maps = []
     for layer in layers:
         allowed = allowed_keys(
             one.mask.cpu(), slice(0, one.ids.shape[1]), causal=facts.causal, window=facts.windows[layer]
         )
-        maps.append(kept[layer].masked_fill(~allowed[0], torch.nan))
+        maps.append(kept[names[layer]][head].float().cpu().masked_fill(~allowed[0], torch.nan))
     return maps
 
 

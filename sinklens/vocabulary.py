@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -49,13 +50,20 @@ class Vocabulary:
             raise BadInputError("this model came without a tokenizer: pass token ids, or load_model(..., tokenizer=)")
         if not text:
             raise BadInputError("the text is empty; give it at least two tokens' worth of words")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadInputError(f"the text is no valid Unicode ({error}); decode it with errors='replace'") from error
         return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
-    def wrap(self, ids: Sequence[int], prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
-        """Special tokens around ids, never doubling one that the text already brings."""
-        doubled = len(prefix) > 0 and tuple(ids[: len(prefix)]) == tuple(prefix)
-        closed = len(suffix) > 0 and tuple(ids[-len(suffix) :]) == tuple(suffix)
-        return [*(() if doubled else prefix), *ids, *(() if closed else suffix)]
+    def body(self, text: str, prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
+        """The ids of a text without the special tokens that will be put around it, should the text bring them."""
+        ids = self.encode(text)
+        if prefix and tuple(ids[: len(prefix)]) == tuple(prefix):
+            ids = ids[len(prefix) :]
+        if suffix and tuple(ids[-len(suffix) :]) == tuple(suffix):
+            ids = ids[: -len(suffix)]
+        return ids
 
     def labels(self, ids: Sequence[int]) -> tuple[str, ...]:
         """The text of each token, leading space kept; ids where there is no tokenizer."""
@@ -72,7 +80,9 @@ class Vocabulary:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if piece is not None and "\u2581" in piece:  # sentencepiece's space, which decode() strips
             return piece.replace("\u2581", " ")
-        return self.tokenizer.decode([token])
+        text = self.tokenizer.decode([token])
+        # part of a character: the byte-level piece tells such tokens apart, the replacement character does not
+        return str(piece) if "\ufffd" in text else text
 
     def draw(self, kind: str, n_seqs: int, length: int, seed: int) -> list[list[int]]:
         """``random``: uniform over the ordinary ids; ``repeat``: one such id per sequence, repeated."""
@@ -85,10 +95,19 @@ class Vocabulary:
         return drawn.expand(n_seqs, length).tolist()
 
 
+_vocabularies: WeakKeyDictionary[TransformerBridge, Vocabulary] = WeakKeyDictionary()
+
+
 def vocabulary(model: TransformerBridge) -> Vocabulary:
-    """The vocabulary of a model."""
+    """The vocabulary of a model; made at the first call and kept."""
+    facts = capabilities(model)
+    if model not in _vocabularies:
+        _vocabularies[model] = _vocabulary(model, facts.vocabulary)
+    return _vocabularies[model]
+
+
+def _vocabulary(model: TransformerBridge, size: int) -> Vocabulary:
     tokenizer: Any = native_tokenizer(model)
-    size = capabilities(model).vocabulary
     if tokenizer is None:
         return Vocabulary(None, size, None, (), (), frozenset(), pad_id=0)
     plain = tokenizer.encode("a", add_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,15 @@ def test_value_and_output_norms_leave_the_value_bias_out(case) -> None:
                 )
 
 
+def test_no_sink_means_no_sink_of_the_whole_map_also_after_filtering(case) -> None:
+    _, _, model, ids, anatomy = case
+    sinks = declared_sinks(model, ids)
+    only = [sink for sink in sinks if sink.position == 7]
+    filtered = sl.sink_anatomy(model, dataclasses.replace(sinks, sinks=tuple(only)))
+    whole = anatomy.layers[anatomy.layers.position == 7].reset_index(drop=True)
+    assert filtered.layers.equals(whole)
+
+
 def value_parameters(name: str, reference: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """b_V [head, d_head] and W_O [head, d_head, d_model] straight from the Hugging Face module."""
     if name == "gpt2":
@@ -213,7 +223,7 @@ def test_anatomy_of_nothing_is_empty_and_of_another_model_refused() -> None:
     assert set(anatomy.use["class"]) == {"none"}
     with pytest.raises(sl.BadInputError, match="no sinks to draw"):
         anatomy.plot()
-    with pytest.raises(sl.BadInputError, match="found in a model of 6 layers"):
+    with pytest.raises(sl.BadInputError, match="found in another model"):
         sl.sink_anatomy(planted_model(4, {}, {}), sinks)
 
 

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from sinklens.statistics import document_means, interval
+from sinklens.statistics import document_sums, interval
 
 
 def test_fifteen_documents_carry_no_interval_and_sixteen_do() -> None:
@@ -22,7 +22,16 @@ def test_fifteen_documents_carry_no_interval_and_sixteen_do() -> None:
 def test_sequences_of_one_document_count_once() -> None:
     values = torch.randn(30, generator=torch.Generator().manual_seed(0))
     assert interval(values, [i // 2 for i in range(30)]) is None
-    assert document_means(torch.tensor([1.0, 3.0, 5.0]), [7, 7, 2]).tolist() == [2.0, 5.0]
+    sums, counts = document_sums(torch.tensor([1.0, 3.0, 5.0]), [7, 7, 2])
+    assert (sums.tolist(), counts.tolist()) == ([4.0, 5.0], [2.0, 1.0])
+
+
+def test_the_interval_is_that_of_the_reported_mean_also_where_documents_have_unequal_numbers() -> None:
+    values = torch.tensor([1.0] * 65 + [0.0] * 15 + [0.5] * 10)
+    documents = [0] * 65 + list(range(1, 26))
+    found = interval(values, documents)
+    assert found is not None
+    assert found[0] < float(values.mean()) < found[1]
 
 
 def test_the_interval_is_the_published_bca_formula() -> None:
