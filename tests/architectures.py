@@ -68,6 +68,20 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "bloom": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_SPECIAL)
     ),
+    "gpt-neo": lambda: tf.GPTNeoForCausalLM(
+        tf.GPTNeoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=2,
+            num_heads=4,
+            max_position_embeddings=256,
+            attention_types=[[["global", "local"], 1]],
+            window_size=_WINDOW,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
     "vit": lambda: tf.ViTForImageClassification(
         tf.ViTConfig(
             hidden_size=32,

@@ -234,3 +234,14 @@ def test_what_an_architecture_hides_is_said(tmp_path: Path) -> None:
     assert "cosine" not in anatomy.heads or anatomy.heads.cosine.isna().all()
     assert {p.name for p in anatomy.save(tmp_path).iterdir()} == {"layers.parquet", "heads.parquet", "use.parquet"}
     assert pd.read_parquet(tmp_path / "layers.parquet").equals(anatomy.layers)
+
+
+def test_head_importance_is_undefined_with_fewer_than_32_far_queries() -> None:
+    _, model = build_pair("gemma3")  # window 50: 34 far queries in the two sliding layers, once the text is long enough
+    anatomy = sl.sink_anatomy(model, declared_sinks(model, random_rows((LENGTH,))[0]))
+    for position, defined in ((0, True), (7, True)):
+        rows = anatomy.heads[(anatomy.heads.position == position) & (anatomy.heads.layer == 2)]
+        assert rows.beta.notna().all() == defined
+    short = sl.sink_anatomy(model, declared_sinks(model, random_rows((40,))[0]))
+    assert short.heads.beta.isna().all()
+    assert short.use.beta.isna().all()

@@ -162,3 +162,28 @@ def test_tokens_that_look_like_markup_are_escaped_on_the_page(tmp_path: Path) ->
     page = (tmp_path / "scan.html").read_text()
     assert "<script>alert" not in page
     assert "alert(1)</script>" not in page
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sinklens.models.fetch", lambda name: pytest.fail("work was done"))
+    (tmp_path / "file").write_text("x")
+    for command in ("scan", "sinks"):
+        code, shown = run(command, "--out", str(tmp_path / "file"))
+        assert code == 2
+        assert "is a file; give a folder" in shown
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    code, shown = run("scan", "--text", "-", input=b"\xff\xfe abc")
+    assert code == 2
+    assert "standard input is not UTF-8" in shown
+    code, shown = run("scan", "--text", "a " * 200)
+    assert code == 2
+    assert "no file at" in shown
+
+
+@pytest.mark.real
+def test_paths_with_brackets_are_shown_as_they_are(tmp_path: Path, text_a: str) -> None:
+    code, shown = run("scan", "--text", "-", "--out", str(tmp_path / "o[bold]x"), input=text_a[:200])
+    assert code == 0
+    assert "o[bold]x/scan.html" in shown

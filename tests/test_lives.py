@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from sinklens.errors import BadInputError
 from sinklens.lives import Life, Thresholds, activity, kind_of, lives, main_life, strongest
 
 T = Thresholds()
@@ -116,3 +118,20 @@ def test_kinds_without_a_primary_and_in_shallow_models() -> None:
     assert kind_of(PRIMARY, None, 40, T) == ("secondary", "no_primary")
     assert kind_of(PRIMARY, PRIMARY, 5, T) == ("undetermined", "few_layers")
     assert kind_of(PRIMARY, PRIMARY, 6, T) == ("primary", "")
+
+
+def test_where_activity_is_known_a_missing_mass_opens_a_gap() -> None:
+    """The direction method judges every layer, also where far importance is undefined."""
+    active, unknown = [True] + [False] * 8 + [True], [math.nan] * 10
+    assert [(life.onset, life.end) for life in lives(active, unknown, T)] == [(0, 9)]
+    assert [(life.onset, life.end) for life in lives(active, unknown, T, [True] * 10)] == [(0, 0), (9, 9)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("activity", math.nan), ("activity", -1.0), ("gap", -1), ("min_life", 3.0), ("late", -2.0), ("cosine", 1.5)],
+)
+def test_impossible_thresholds_are_refused(name: str, value: float) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(BadInputError, match=f"{name} must be"):
+        Thresholds(**options)

@@ -191,3 +191,10 @@ def test_the_catalogue_is_complete_and_pinned() -> None:
         assert model.licence
         assert all("==" in w.requirement and len(w.sha256) == 64 for w in model.wheels)
     assert "Gemma Terms of Use" in embedded.CATALOGUE["gemma3-270m"].notice
+
+
+def test_compatibility_mode_switched_on_later_is_noticed(folder: Path) -> None:
+    model = sl.load_model(folder)
+    model.enable_compatibility_mode(disable_warnings=True)
+    with pytest.raises(sl.UnsupportedModelError, match="folds value biases"):
+        sl.sink_scores(model, "the cat sat")

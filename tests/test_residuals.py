@@ -137,3 +137,24 @@ def test_one_call_compares_the_methods() -> None:
     assert table.loc["attention", "sinks"] == 1
     assert table.loc["direction", "sinks"] == 0, "nothing is massive here"
     assert table.loc["attention", "also_by_direction"] == 0
+
+
+def test_wong_sinks_are_stored_by_attention_layer_and_counted_by_block_output(monkeypatch) -> None:
+    """Writer block w is read by attention in w + 1: the onset is attention's, the level the published one."""
+    from planted import X, planted_model, row
+
+    from sinklens.residuals import WongSink
+
+    model = planted_model(20, {X: 8.0}, {X: range(20)})
+    layers = tuple(range(4, 12))
+    found = [[WongSink(0, tuple(range(2, 20)), (2, 18), "bos_sink"), WongSink(30, layers, (4, 8), "secondary")]]
+    monkeypatch.setattr("sinklens.sinks.wong_sequences", lambda *arguments: found)
+    sinks = sl.find_sinks(model, row(120, {0: X}), method="wong")
+    first, second = sinks
+    assert (second.onset, second.end, second.residual_onset, second.lifetime) == (5, 12, 4, 8)
+    assert (first.onset, first.end) == (3, 19), "the last block's output is read by no block"
+    assert sinks.levels()[["onset", "lifetime"]].to_numpy().tolist() == [[2, 18], [4, 8]]
+
+
+def test_one_layer_has_no_rise_and_no_fall() -> None:
+    assert wong_detect(torch.ones(1, 5, 4)) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +201,72 @@ def test_batches_split_by_memory_give_the_same_numbers(monkeypatch) -> None:
     apart = sl.sink_scores(model, ids)
     torch.testing.assert_close(together.alpha, apart.alpha, atol=1e-6, rtol=0)
     assert together.tokens.digest == apart.tokens.digest
+
+
+def test_nan_attention_is_refused_and_never_averaged_into_no_sink() -> None:
+    _, model = build_pair("llama")
+
+    def poison(residual, hook):
+        residual = residual.clone()
+        residual[:, 5] = torch.nan
+        return residual
+
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_in", poison)]),
+        pytest.raises(sl.UnsupportedModelError, match="yields NaN"),
+    ):
+        sl.sink_scores(model, random_rows((80,))[0])
+
+
+def test_a_window_under_another_name_is_read() -> None:
+    reference, model = build_pair("gpt-neo")
+    assert sl.capabilities(model).windows == (None, 50)
+    ids = random_rows((160,))[0]
+    scores = sl.sink_scores(model, ids)
+    for layer, pattern in enumerate(eager_patterns(reference, ids)):
+        alpha, beta, _, _ = naive_scores(pattern, True, (None, 50)[layer])
+        torch.testing.assert_close(scores.alpha[0, layer].double(), alpha, atol=1e-6, rtol=0)
+        torch.testing.assert_close(scores.beta[0, layer].double(), beta, atol=1e-6, rtol=0, equal_nan=True)
+
+
+def test_a_window_that_nobody_declares_is_noticed_once_the_input_is_long_enough() -> None:
+    _, model = build_pair("llama")
+    far = torch.ones(80, 80, dtype=torch.bool).tril(-40)
+
+    def mask(scores, hook):
+        return scores.masked_fill(far, torch.finfo(scores.dtype).min)
+
+    hooks = [("blocks.1.attn.hook_attn_scores", mask)]
+    with (
+        model.hooks(fwd_hooks=hooks),
+        pytest.raises(sl.UnsupportedModelError, match="layer 1 gives exactly no attention"),
+    ):
+        sl.sink_scores(model, random_rows((80,))[0])
+
+
+def test_choosing_sequences_takes_integers_only() -> None:
+    _, model = build_pair("llama")
+    tokens = sl.sink_scores(model, torch.stack(random_rows((20, 20, 20)))).tokens
+    assert tokens[-1].sources == ("ids 2",)
+    assert tokens[0:2].sources == ("ids 0", "ids 1")
+    for wrong in ([True, False, False], slice(3, 3), [], 3, [0, 5]):
+        with pytest.raises(sl.BadInputError, match="does not choose from 3 sequences"):
+            tokens[wrong]
+
+
+def test_saving_over_a_folder_is_refused(tmp_path: Path) -> None:
+    _, model = build_pair("llama")
+    scores = sl.sink_scores(model, random_rows((20,))[0])
+    with pytest.raises(sl.BadInputError, match="is a folder"):
+        scores.save(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(sl.BadInputError, match="cannot write"):
+        scores.save(tmp_path / "file" / "scores")
+
+
+def test_hover_of_the_position_map_escapes_the_token_and_breaks_the_line() -> None:
+    from test_tokens import model_with
+
+    scores = sl.sink_scores(model_with(adds_bos=False), "the <eos> cat")
+    figure: Any = scores.plot_positions()
+    assert figure.data[0].text[0][1].startswith("layer 0, position 1: '&lt;eos&gt;'<br>alpha")

@@ -200,3 +200,31 @@ def test_every_kind_of_attention_is_accepted(name: str) -> None:
         assert len(sinks) > 0
         for method in ("direction", "wong"):
             assert sl.find_sinks(model, random_rows((90,))[0], method=method).method == method
+
+
+def test_a_filtered_map_remembers_all_sinks(tmp_path: Path) -> None:
+    model = planted_model(20, {X: STRONG, Y: STRONG}, {X: range(3, 20), Y: range(2, 9)})
+    sinks = sl.find_sinks(model, row(120, {0: X, 40: Y}))
+    assert sinks.primary.places == ((0, 0), (0, 40))
+    assert sl.SinkMap.load(sinks.primary.save(tmp_path / "map")).places == ((0, 0), (0, 40))
+
+
+def test_scores_of_another_model_are_refused() -> None:
+    ids = row(120, {0: X})
+    scores = sl.sink_scores(planted_model(12, {X: STRONG}, {X: range(2, 12)}), ids)
+    with pytest.raises(sl.BadInputError, match="belong to another model"):
+        sl.find_sinks(planted_model(10, {}, {}), ids, scores=scores)
+
+
+def test_the_direction_method_cannot_tell_kinds_where_attention_is_unknown() -> None:
+    model = planted_model(10, {X: STRONG}, {X: range(10)})
+
+    def massive(residual, hook):
+        residual = residual.clone()
+        residual[:, 0] *= 100
+        return residual
+
+    hooks = [(f"blocks.{layer}.hook_in", massive) for layer in range(10)]
+    with model.hooks(fwd_hooks=hooks), pytest.warns(sl.SinklensWarning, match="too few queries"):
+        sinks = sl.find_sinks(model, row(30, {0: X}), method="direction")
+    assert [(s.position, s.kind, s.reason, s.attended) for s in sinks] == [(0, "undetermined", "too_few_queries", None)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -257,3 +258,54 @@ def test_text_for_a_model_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(sl.BadInputError, match="without a tokenizer"):
         sl.sink_scores(model, "the cat")
     assert sl.load_tokens(model, "random", n_seqs=2, seq_len=8).ids.shape == (2, 8)
+
+
+def test_a_byte_order_mark_and_unicode_line_breaks_belong_to_no_token(plain: TransformerBridge, tmp_path: Path) -> None:
+    text = tmp_path / "bom.txt"
+    text.write_bytes(b"\xef\xbb\xbfthe cat sat")
+    assert sl.load_tokens(plain, text).ids.tolist() == [[5, 6, 7]]
+    lines = tmp_path / "bom.jsonl"
+    lines.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "the\u2028cat\u0085sat"}, ensure_ascii=False).encode())
+    assert len(sl.load_tokens(plain, lines)) == 1
+
+
+def test_short_documents_are_not_dropped_because_one_is_long(plain: TransformerBridge, tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    texts = ["the cat sat on the mat"] * 20 + ["the cat " * 200]
+    path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    tokens = sl.load_tokens(plain, path)
+    assert len(tokens) == 16
+    assert tokens.sources[0].endswith("[0:256]"), "the long one comes first"
+    assert len(set(tokens.documents)) == 16
+    with pytest.raises(sl.BadInputError, match="shorter than asked"):
+        sl.load_tokens(plain, path, n_seqs=3, seq_len=256)
+
+
+def test_the_length_is_exact_also_where_a_text_brings_its_own_bos(plain: TransformerBridge) -> None:
+    texts = ["<bos> the cat sat on the mat", "the cat sat on the mat"]
+    assert sl.load_tokens(plain, texts, prepend_bos=True, seq_len=6).lengths.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([[3, 4, 5]], "must hold strings, got list"),
+        ([b"the cat"], "must hold strings, got bytes"),
+        ([None, "the cat"], "must hold strings, got NoneType"),
+        (["the \ud800 cat"], "no valid Unicode"),
+    ],
+)
+def test_lists_of_something_else_are_refused(plain: TransformerBridge, given, message: str) -> None:
+    with pytest.raises(sl.BadInputError, match=message):
+        load_untyped(plain, given)
+
+
+def load_untyped(model: TransformerBridge, source: Any) -> sl.Tokens:
+    """As a user without a type checker calls it."""
+    return getattr(sl.load_tokens, "__wrapped__", sl.load_tokens)(model, source)
+
+
+@pytest.mark.parametrize("text", ["a long sentence " * 40, "He said and/or she said", "a\x00b"])
+def test_a_text_in_place_of_a_source_is_recognised(plain: TransformerBridge, text: str) -> None:
+    with pytest.raises(sl.BadInputError, match="or the text itself in a list"):
+        sl.load_tokens(plain, text)
