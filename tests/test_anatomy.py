@@ -245,3 +245,20 @@ def test_head_importance_is_undefined_with_fewer_than_32_far_queries() -> None:
     short = sl.sink_anatomy(model, declared_sinks(model, random_rows((40,))[0]))
     assert short.heads.beta.isna().all()
     assert short.use.beta.isna().all()
+
+
+def test_the_stable_rank_is_of_the_output_without_the_value_bias(case) -> None:
+    name, reference, model, ids, anatomy = case
+    values: list[torch.Tensor] = []
+    with torch.no_grad():
+        hooks: list[Any] = [(f"blocks.{i}.attn.hook_v", lambda v, hook: values.append(v[0].double())) for i in range(2)]
+        model.run_with_hooks(ids[None], fwd_hooks=hooks)
+    for layer, pattern in enumerate(eager_patterns(reference, ids)):
+        bias, w_o = value_parameters(name, reference, layer)
+        v = values[layer].transpose(0, 1).repeat_interleave(4 // values[layer].shape[1], dim=0)
+        output = (pattern @ (v - bias.detach()[:, None]) @ w_o.detach())[:, 1:]
+        for head in range(4):
+            singular = torch.linalg.svdvals(output[head])
+            expected = float((singular**2).sum() / singular[0] ** 2)
+            found = at(anatomy.use, layer=layer, head=head)
+            assert found.stable_rank == pytest.approx(expected, rel=1e-3), (name, layer, head)
