@@ -313,10 +313,10 @@ class _Subject:
         """q.k and its cosine for all pairs, and their means over far keys that are no sink."""
         dot = q @ k.mT
         cosine = dot / (q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, None]).clamp(min=1e-30)
-        pairs = allowed & self.far & self.no_sink
+        pairs = (allowed & self.far & self.no_sink).to(dot)
         others = {
-            "other_qk": dot[:, pairs].mean(-1),
-            "other_cosine": cosine[:, pairs].mean(-1),
+            "other_qk": (dot * pairs).sum((1, 2)) / pairs.sum(),
+            "other_cosine": (cosine * pairs).sum((1, 2)) / pairs.sum(),
             "other_k_norm": k[:, self.no_sink].norm(dim=-1).mean(-1),
         }
         return dot, cosine, others

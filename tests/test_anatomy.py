@@ -168,6 +168,10 @@ def test_qk_is_the_score_before_scaling_and_splits_into_norms_and_cosine(case) -
             expected = math.sqrt(8) * float(scores[layer][head, queries, 7].mean())
             assert found.qk == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, layer, head)
             assert -1 <= found.cosine <= 1
+            far = [(i, j) for i in range(LENGTH) for j in range(i - 15) if j not in PLACES]
+            far = [(i, j) for i, j in far if window[layer] is None or i - j < (window[layer] or 0)]
+            others = sum(float(scores[layer][head, i, j]) for i, j in far) / len(far)
+            assert found.other_qk == pytest.approx(math.sqrt(8) * others, rel=1e-3, abs=1e-4), (name, layer, head)
 
 
 def test_stable_rank_equals_the_singular_values_of_the_whole_output() -> None:
