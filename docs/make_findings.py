@@ -111,7 +111,7 @@ def released(path: Path) -> str:
         for sink in json.loads(line)["candidate_sinks"].values():
             level = wong_level(sink["layer"])
             label = wong_label(level[1], n_layers)
-            disagree += label != sink["sink_type"]
+            disagree += label != {"cliff": "secondary"}.get(sink["sink_type"], sink["sink_type"])  # their older name
             labels[label] += 1
             if label == "secondary":
                 levels[level] += 1
