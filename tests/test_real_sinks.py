@@ -42,7 +42,9 @@ def test_gemma_has_bos_from_layer_0_and_no_primary_without_it(gemma: Transformer
 
 def test_wong_s_detector_warns_on_gemma(gemma: TransformerBridge, text_a: str) -> None:
     with pytest.warns(sl.SinklensWarning, match=r"flags \d+ of 97 tokens"):
-        sl.find_sinks(gemma, text_a, method="wong")
+        flagged = sl.find_sinks(gemma, text_a, method="wong")
+    assert len(flagged) > 90
+    assert "these are not sinks" in flagged.notes[-1]
 
 
 def test_minilm_has_cls_and_the_grid_is_drawn_where_detection_has_too_few_queries(
