@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sinklens.ablate import ablate_sinks
     from sinklens.anatomy import Anatomy, sink_anatomy
     from sinklens.contexts import compare_contexts
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
@@ -45,6 +46,7 @@ _HOMES = {
     "TokenView": "views",
     "Tokens": "tokens",
     "UnsupportedModelError": "errors",
+    "ablate_sinks": "ablate",
     "attention_grid": "views",
     "attention_map": "views",
     "capabilities": "proof",
@@ -73,6 +75,7 @@ __all__ = [
     "TokenView",
     "Tokens",
     "UnsupportedModelError",
+    "ablate_sinks",
     "attention_grid",
     "attention_map",
     "capabilities",

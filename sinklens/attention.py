@@ -171,3 +171,41 @@ def value_bias(model: TransformerBridge, layer: int, n_heads: int) -> Float[Tens
         return None
     bias = bias.view(-1, model.cfg.d_head) if bias.ndim == 1 else bias
     return bias.repeat_interleave(n_heads // bias.shape[0], dim=0)
+
+
+def grouped_by_head(
+    tensor: Float[Tensor, "batch *rest"], n_heads: int, heads_first: bool
+) -> Float[Tensor, "batch pos head d_head"]:
+    """A query, key or value hook's tensor as [batch, pos, head, d_head], whichever way the adapter lays it out.
+
+    ``n_heads`` counts the heads that the tensor holds: KV heads for keys and values.
+    """
+    if tensor.ndim == 3:  # OLMo 2 normalises before it splits the heads
+        return tensor.unflatten(-1, (n_heads, -1))
+    return tensor.transpose(1, 2) if heads_first else tensor
+
+
+def unrotated_keys(fires: Sequence[str], rope: bool) -> tuple[str, bool] | None:
+    """The hook that holds keys before RoPE and after QK norm, and whether its heads come first; None if none does.
+
+    Without RoPE the keys themselves; with RoPE only where the rotated ones are shown too (not NeoX, Phi-3, MLA).
+    """
+    scored = scored_points(fires, rope)
+    if scored is None or (rope and scored[1] != "hook_rot_k"):
+        return None
+    return ("hook_k_normed", True) if "hook_k_normed" in fires else ("hook_k", False)
+
+
+def score_scale(model: TransformerBridge, layer: int) -> float | None:
+    """The factor of ``q.k`` in the scores; None where the host's module does not say."""
+    component: Any = model.blocks[layer].attn.original_component
+    for name in ("scaling", "inv_norm_factor"):
+        value = getattr(component, name, None)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
+def score_softcap(model: TransformerBridge) -> float | None:
+    """The cap c of ``c tanh(s / c)``, where the model has one (Gemma 2)."""
+    return getattr(text_config(model), "attn_logit_softcapping", None)
