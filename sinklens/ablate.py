@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import learned_sink_logits, score_scale, score_softcap
+from sinklens.attention import learned_sink_logits, score_scale, score_softcap, value_bias
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
@@ -234,7 +234,8 @@ class _SinkEdit:
             apart=ordinary_only,
         )
         margin = self._fixed_margin(layer, seen) if options.mode == "fixed_logit" else None
-        weights = pair(options.mode, part, g=options.g, margin=margin, value=options.value)
+        biased = options.writes_bias and value_bias(self.model, layer, self.facts.n_heads) is not None
+        weights = pair(options.mode, part, g=options.g, margin=margin, value=options.value, biased=biased)
         rows = part.editable & self.chosen.mask(layer, self.facts.n_heads, sinks.device)[:, None]
         target = None
         if options.target is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -93,6 +94,19 @@ def native_tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase | None
 def has_trained_head(model: TransformerBridge) -> bool:
     """Whether the weights hold a language-model head, so that logits and losses mean something."""
     return model not in _headless
+
+
+def untrained_twin(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
+    """A model of the same class and shape with the random weights that its class initialises, for token ids only.
+
+    The floor of every index: what it shows is not learned. Cost: a second model in memory.
+    """
+    original: Any = model.original_model
+    config = copy.deepcopy(original.config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = type(original)(config)
+    return load_model(fresh.to(device=model.cfg.device, dtype=model.cfg.dtype))
 
 
 def _locate(name: str) -> str:

@@ -65,20 +65,48 @@ class Partition:
     apart: bool = False
 
     @cached_property
+    def softmax_sinks(self) -> Float[Tensor, "batch head query key"]:
+        """``softmax_S`` of the scores, 0 elsewhere (a learned logit in S takes its share)."""
+        return self._softmax(self.sinks, "S")
+
+    @cached_property
+    def softmax_rest(self) -> Float[Tensor, "batch head query key"]:
+        """``softmax_R`` of the scores, 0 elsewhere (a learned logit in R takes its share)."""
+        return self._softmax(self.rest, "R")
+
+    def _softmax(self, keys: Bool[Tensor, "batch #head #query key"], side: str) -> Tensor:
+        scores = self.scores.masked_fill(~keys, -math.inf)
+        learned = self._learned(side)
+        if learned is not None:
+            scores = torch.cat([scores, learned.expand(*scores.shape[:-1], 1)], -1)
+        found = scores.softmax(-1)  # NaN in rows without keys, which are never edited
+        return found if learned is None else found[..., :-1]
+
+    @cached_property
     def lse_sinks(self) -> Float[Tensor, "batch head query"]:
         """``lse_S``; -inf where S is empty."""
-        return self._lse(self.sinks, "S")
+        return self._lse(self.sinks, self.softmax_sinks, "S")
 
     @cached_property
     def lse_rest(self) -> Float[Tensor, "batch head query"]:
         """``lse_R``; -inf where R is empty."""
-        return self._lse(self.rest, "R")
+        return self._lse(self.rest, self.softmax_rest, "R")
 
-    def _lse(self, keys: Bool[Tensor, "batch #head #query key"], side: str) -> Float[Tensor, "batch head query"]:
-        found = self.scores.masked_fill(~keys, -math.inf).logsumexp(-1)
-        if self.learned is not None and self.learned_in == side:
-            found = torch.logaddexp(found, self.learned[:, None].to(found))
-        return found
+    def _lse(self, keys: Bool[Tensor, "batch #head #query key"], softmax: Tensor, side: str) -> Tensor:
+        """``s_j - log softmax_j`` at the key with the largest score (torch's own logsumexp takes four passes)."""
+        top = self.scores.masked_fill(~keys, -math.inf).amax(-1)
+        learned = self._learned(side)
+        lse = top - softmax.amax(-1).log()
+        empty = ~keys.any(-1)
+        if learned is None:
+            return lse.masked_fill(empty, -math.inf)
+        faint = softmax.amax(-1) < 1e-30  # the learned logit has everything
+        return torch.where(empty | faint, learned[..., 0].expand_as(lse), lse)
+
+    def _learned(self, side: str) -> Tensor | None:
+        if self.learned is None or self.learned_in != side:
+            return None
+        return self.learned[:, None, None].to(self.scores)
 
     @cached_property
     def margin(self) -> Float[Tensor, "batch head query"]:
@@ -86,30 +114,21 @@ class Partition:
         return self.lse_sinks - self.lse_rest
 
     @property
-    def editable(self) -> Bool[Tensor, "batch head query"]:
+    def editable(self) -> Bool[Tensor, "batch #head query"]:
         """Rows in which both S and R hold something: the others stay untouched."""
-        return self.lse_sinks.isfinite() & self.lse_rest.isfinite()
-
-    def softmax_sinks(self) -> Float[Tensor, "batch head query key"]:
-        """``softmax_S`` of the scores, 0 elsewhere (a learned logit in S takes its share)."""
-        return self._softmax(self.sinks, self.lse_sinks)
-
-    def softmax_rest(self) -> Float[Tensor, "batch head query key"]:
-        """``softmax_R`` of the scores, 0 elsewhere (a learned logit in R takes its share)."""
-        return self._softmax(self.rest, self.lse_rest)
-
-    def _softmax(
-        self, keys: Bool[Tensor, "batch #head #query key"], lse: Float[Tensor, "batch head query"]
-    ) -> Float[Tensor, "batch head query key"]:
-        lse = lse.masked_fill(~lse.isfinite(), 0)[..., None]
-        return (self.scores - lse).masked_fill(~keys, -math.inf).exp()
+        has_sink, has_rest = self.sinks.any(-1), self.rest.any(-1)
+        if self.learned is not None and self.learned_in == "S":
+            has_sink = torch.ones_like(has_sink)
+        if self.learned is not None and self.learned_in == "R":
+            has_rest = torch.ones_like(has_rest)
+        return has_sink & has_rest
 
     @cached_property
     def shared(self) -> Float[Tensor, "batch head query"]:
         """``1 - P_F``, the mass that S and R have between them: 1 where nothing is kept apart."""
         if not self.apart:
-            return torch.ones_like(self.lse_rest)
-        shared = self.pattern.masked_fill(~(self.sinks | self.rest), 0).sum(-1).to(self.lse_rest)
+            return self.scores.new_ones(self.scores.shape[:-1])
+        shared = self.pattern.masked_fill(~(self.sinks | self.rest), 0).sum(-1).to(self.scores)
         if self.learned is not None and self.learned_in != "F":
             shared = shared + (1 - self.pattern.sum(-1)).to(shared)
         return shared
@@ -136,6 +155,7 @@ def pair(
     g: float | None = None,
     margin: Float[Tensor, "batch head query"] | None = None,
     value: str = "kept",
+    biased: bool = True,
 ) -> Pair:
     """The pair of a mode.
 
@@ -145,27 +165,29 @@ def pair(
         g: factor of ``scale``: ``lse_S += log g``.
         margin: the fixed margin of ``fixed_logit``.
         value: for ``fixed_key`` and ``fixed_logit``: "neutral" writes nothing but b_V.
+        biased: whether the coefficient of b_V is wanted (``zero`` needs no margin without it).
     """
-    m, share = part.margin, part.shared
-    nothing = torch.zeros_like(m)
+    share = part.shared
+    nothing = torch.zeros_like(share)
     if mode == "renormalize":
         return Pair(rest=share, sink=nothing)
-    if mode == "zero":
-        return Pair(sink=nothing, bias=share * m.sigmoid())
-    if mode == "value_only":
-        return Pair(rest=share, bias=-share * m.sigmoid())
     if mode == "mean_value":
         return Pair()
-    if mode == "move":
-        return Pair(sink=nothing, moved=share * m.sigmoid())
-    if mode == "uniform":
-        return Pair(sink=nothing, spread=share * m.sigmoid())
     if mode == "null":
         return Pair(rest=share * part.lse_rest.sigmoid(), sink=nothing)
+    sigma = share * part.margin.sigmoid() if mode in ("value_only", "move", "uniform") or biased else None
+    if mode == "zero":
+        return Pair(sink=nothing, bias=sigma)
+    if mode == "value_only":
+        return Pair(rest=share, bias=None if sigma is None else -sigma)
+    if mode == "move":
+        return Pair(sink=nothing, moved=sigma)
+    if mode == "uniform":
+        return Pair(sink=nothing, spread=sigma)
     if mode == "scale" and g is not None:
-        new = m + math.log(g) if g > 0 else nothing - math.inf
+        new = part.margin + math.log(g) if g > 0 else nothing - math.inf
     elif mode == "fixed_key":
-        new = m
+        new = part.margin
     elif mode == "fixed_logit" and margin is not None:
         new = margin
     else:
@@ -188,9 +210,11 @@ def edited_pattern(
     """
     new = part.pattern
     if weights.rest is not None:
-        new = torch.where(part.rest, (weights.rest[..., None] * part.softmax_rest()).to(new), new)
-    if weights.sink is not None:
-        new = torch.where(part.sinks, (weights.sink[..., None] * part.softmax_sinks()).to(new), new)
+        new = torch.where(part.rest, (weights.rest[..., None] * part.softmax_rest).to(new), new)
+    if weights.sink is not None and not weights.sink.any():
+        new = new.masked_fill(part.sinks, 0)
+    elif weights.sink is not None:
+        new = torch.where(part.sinks, (weights.sink[..., None] * part.softmax_sinks).to(new), new)
     if weights.spread is not None:
         count = part.rest.sum(-1, keepdim=True).clamp(min=1)
         new = new + (weights.spread[..., None] / count * part.rest).to(new)

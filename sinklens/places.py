@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sinklens.errors import BadInputError
@@ -77,6 +77,16 @@ class Places:
                         rows[b].append(entry.position)
         return {group: forward.mark(rows) for group, rows in alive.items()}
 
+    def marked_or_none(self, forward: Forward, layer: int) -> dict[str, Bool[Tensor, "batch column"]]:
+        """The groups that have any column; none where a predicate chooses nothing of a text."""
+        try:
+            groups = self.groups(forward, layer)
+        except BadInputError:
+            if self.predicate is None:
+                raise
+            return {}
+        return {name: columns for name, columns in groups.items() if columns.any()}
+
     def columns(self, forward: Forward, layer: int) -> Bool[Tensor, "batch column"]:
         """All columns to edit at a layer."""
         marked = forward.mark([[] for _ in range(len(forward.starts))])
@@ -126,14 +136,11 @@ class Places:
         ids = forward.ids
         if self.predicate is None or ids is None:
             raise BadInputError("a predicate needs a forward from token ids")
-        chosen = self.predicate(ids)
-        if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != ids.shape:
-            got = f"{chosen.dtype} {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
-            raise BadInputError(f"the predicate must give a bool mask of the ids' shape {tuple(ids.shape)}, got {got}")
+        chosen = apply_predicate(self.predicate, ids)
         real = torch.arange(forward.columns, device=ids.device) >= forward.starts[:, None]
         if forward.mask is not None:
             real = forward.mask
-        chosen = chosen.to(ids.device) & real
+        chosen = chosen & real
         if not chosen.any() and not forward.past:
             raise BadInputError("the predicate selects no token of this forward, so the edit would change nothing")
         return chosen
@@ -163,6 +170,15 @@ def check_positions(positions: Iterable[int]) -> tuple[int, ...]:
     if any(p < 0 for p in found):
         raise BadInputError(f"positions count from a sequence's first unpadded token, 0; got {min(found)}")
     return found
+
+
+def apply_predicate(predicate: Predicate, ids: Int[Tensor, "batch column"]) -> Bool[Tensor, "batch column"]:
+    """What a user's predicate says of some ids, checked."""
+    chosen = predicate(ids)
+    if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != ids.shape:
+        got = f"{chosen.dtype} {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise BadInputError(f"the predicate must give a bool mask of the ids' shape {tuple(ids.shape)}, got {got}")
+    return chosen.to(ids.device)
 
 
 def _check_lengths(positions: Sequence[int], forward: Forward) -> None:

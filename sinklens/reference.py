@@ -144,7 +144,7 @@ def gather_reference(
             f"{facts.model} ({facts.architecture}): the host does not show keys both before and after RoPE, which "
             f"fixed_key needs; use zero, mean_value or fixed_logit"
         )
-    tokens, where = _reference_places(model, places, tokens)
+    tokens, where = reference_places(model, places, tokens)
     found = Reference(tokens, where, {n: [] for n in layers}, {n: [] for n in layers})
     with progress_bar("reference", len(tokens), progress) as advance:
         for sequence in range(len(tokens)):
@@ -155,9 +155,10 @@ def gather_reference(
     return found
 
 
-def _reference_places(
+def reference_places(
     model: TransformerBridge, places: Places, tokens: str | Sequence[str] | Tensor | Tokens | None
 ) -> tuple[Tokens, Places]:
+    """The sequences to take means over, and where their sinks are."""
     own = places.tokens
     if tokens is None and own is not None and len(set(own.documents)) > 1:
         return own, places
@@ -201,7 +202,8 @@ def _look(
     def take(layer: int) -> Any:
         def hook(pattern: Tensor, hook: Any) -> None:
             forward.rows = [sequence]
-            groups = _groups(found.places, forward, layer)
+            marked = found.places.marked_or_none(forward, layer)
+            groups = {name: columns[0] for name, columns in marked.items()}
             values = grouped_by_head(seen["v"], facts.n_kv_heads, facts.heads_first)[0].float()
             keys = None
             if "k" in seen and point is not None:
@@ -226,17 +228,6 @@ def _look(
         hooks.append((attention_hook(layer, "hook_attn_scores"), keep("scores")))
         hooks.append((attention_hook(layer, "hook_pattern"), take(layer)))
     run_blocks(model, one.ids, hooks, mask=one.mask)
-
-
-def _groups(places: Places, forward: Forward, layer: int) -> dict[str, Bool[Tensor, " column"]]:
-    """The sinks of the one running sequence; none where a predicate chooses nothing of it."""
-    try:
-        groups = places.groups(forward, layer)
-    except BadInputError:
-        if places.predicate is None:
-            raise
-        return {}
-    return {name: columns[0] for name, columns in groups.items() if columns.any()}
 
 
 def _margins(

@@ -241,7 +241,7 @@ def load_tokens(
         pieces = pieces_in_order(documents, n_seqs, None if seq_len is None else seq_len - special)
     rows = [[*prefix, *piece.ids, *suffix] for piece in pieces]
     sources, documents_of_rows = [p.source for p in pieces], [p.document for p in pieces]
-    return _checked(model, _pad_rows(rows, words, sources, documents_of_rows, info))
+    return _checked(model, pad_rows(rows, words, sources, documents_of_rows, info))
 
 
 def as_tokens(model: TransformerBridge, tokens: str | Sequence[str] | Tensor | Tokens) -> Tokens:
@@ -272,10 +272,10 @@ def _from_ids(ids: Tensor, words: Vocabulary) -> Tokens:
     if ids.ndim != 2 or ids.numel() == 0:
         raise BadInputError(f"token ids must have the shape [batch, pos] and not be empty, got {tuple(ids.shape)}")
     rows = [row.tolist() for row in ids.cpu()]
-    return _pad_rows(rows, words, [f"ids {i}" for i in range(len(rows))], range(len(rows)), {"source": "ids"})
+    return pad_rows(rows, words, [f"ids {i}" for i in range(len(rows))], range(len(rows)), {"source": "ids"})
 
 
-def _pad_rows(
+def pad_rows(
     rows: Sequence[Sequence[int]],
     words: Vocabulary,
     sources: Sequence[str],

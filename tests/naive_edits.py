@@ -34,7 +34,7 @@ def naive_row(
     sinks: set[int],
     mode: str,
     *,
-    others: set[int] = frozenset(),
+    others: frozenset[int] = frozenset(),
     learned: float | None = None,
     learned_is_sink: bool = False,
     b_v: Tensor | None = None,

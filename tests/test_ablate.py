@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.attention import learned_sink_logits, value_bias
-from sinklens.places import Place, Places
 
 SIMPLE: list[tuple[str, dict[str, Any]]] = [
     ("renormalize", {}),

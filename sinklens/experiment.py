@@ -1,0 +1,209 @@
+"""``run_experiment``: interventions beside their controls, on the same batches, judged by the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from sinklens.console import progress_bar
+from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.hooks import Hooks
+from sinklens.lives import activity as active_where
+from sinklens.metrics import METRICS, Metric, token_metrics
+from sinklens.models import has_trained_head, untrained_twin
+from sinklens.outcome import UNTRAINED, Experiment
+from sinklens.plan import Plan, Planned, check_controls
+from sinklens.proof import capabilities
+from sinklens.sinkmap import assemble
+from sinklens.store import Store
+from sinklens.tokens import Tokens, as_tokens
+from sinklens.watch import Watch
+
+Intervention = Sequence[tuple[Any, Callable[..., Any]]] | Callable[[Tokens], Hooks]
+
+
+def run_experiment(
+    model: TransformerBridge,
+    tokens: str | Sequence[str] | Tensor | Tokens,
+    interventions: Mapping[str, Intervention],
+    *,
+    controls: Sequence[str] | Mapping[str, Mapping[str, Sequence[Any]]] = ("random", "recent"),
+    metrics: Sequence[str | Metric] = ("loss", "kl", "top1"),
+    twin: bool = False,
+    split: bool = False,
+    most_scored: int | None = None,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    progress: bool | None = None,
+) -> Experiment:
+    """Run base, interventions and controls on the same sequences, and keep every token's metrics.
+
+    Args:
+        model: a causal model with a trained head.
+        tokens: the sequences; intervals need 16 documents.
+        interventions: by label: what a hook builder returns, a plain list of TransformerLens hooks, or a function from
+            the discovery half's Tokens to hooks (with ``split``).
+        controls: names from ``random``, ``recent``, ``same_id``, ``matched`` (see :mod:`sinklens.controls`), made for
+            every intervention that has positions; or your own: ``{label: {name: hooks}}``; or ``()``.
+        metrics: ``loss`` (nats), ``kl`` (KL(base || edited), nats), ``top1`` (agreement of the likeliest token with
+            base), or functions ``f(logits, base_logits, targets) -> value per token``.
+        twin: run every intervention on an untrained twin too (same shape, random weights): the floor of each effect.
+        split: halve the documents at random; interventions given as functions are built on the discovery half, all
+            effects are measured on the other.
+        most_scored: score at most so many predictions per sequence, drawn at random, the same in every run.
+        seed: of draws: controls, split, scored positions, the twin.
+        resume: a folder; every finished sequence is kept there, and a second call goes on where the first ended.
+        progress: show a bar.
+
+    Scored are the predictions made at every position that is no sink, no edited place and no control's place: one set
+    for base, interventions and controls. A sequence in which an intervention has nothing to edit, or a control not as
+    many places as the sinks, does not count for that row.
+
+    Cost: per sequence one forward without the unembedding for the sinks, one for the base, and one per intervention
+    and control (and the same again for ``twin``); the base's probabilities of one sequence are held.
+
+    Raises:
+        BadInputError: nothing to run, unknown names, a plain list of hooks with named controls, a folder of another
+            experiment.
+        UnsupportedModelError: a model that predicts no next token.
+    """
+    facts = capabilities(model)
+    if not facts.causal or not has_trained_head(model):
+        raise UnsupportedModelError(
+            f"{facts.model} predicts no next token (an encoder, or weights without a language-model head), so loss and "
+            f"KL mean nothing; sink_scores and the hook builders work on it"
+        )
+    if not interventions:
+        raise BadInputError("there is no intervention to run; give {'label': hooks}")
+    batch = as_tokens(model, tokens).to("cpu")
+    discovery, test = _halves(batch, seed) if split else (batch, batch)
+    named = {label: _hooks(label, given, discovery, split) for label, given in interventions.items()}
+    check_controls(controls, named)
+    chosen_metrics = _metrics(metrics)
+    plan = Plan(model, test, named, controls, seed, most_scored, progress)
+    store = Store(resume, plan, list(chosen_metrics), twin)
+    shadow = untrained_twin(model, seed) if twin else None
+    shadows = [] if shadow is None else [_on_twin(run, shadow) for run in plan.runs if not run.control]
+    todo = [b for b in range(len(test)) if not store.has(b)]
+    total = len(todo) * (len(plan.runs) + len(shadows))
+    with progress_bar("experiment", total, progress) as advance:
+        for b in todo:
+            values, side = _measure(model, plan, b, plan.runs, chosen_metrics, advance)
+            if shadow is not None:
+                more, more_side = _measure(shadow, plan, b, shadows, chosen_metrics, advance)
+                values, side = torch.cat([values, more]), side + more_side
+            store.keep(b, values, side)
+    return store.collect(discovery if split else None)
+
+
+def _hooks(label: str, given: Intervention, discovery: Tokens, split: bool) -> Sequence[Any]:
+    if callable(given) and not isinstance(given, Sequence):
+        if not split:
+            raise BadInputError(f"{label!r} is a function of the discovery half; it needs split=True")
+        given = given(discovery)
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise BadInputError(f"{label!r} must be hooks, a list [(name, function), ...], got {type(given).__name__}")
+    return given
+
+
+def _metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
+    found: dict[str, Metric] = {}
+    for metric in metrics:
+        if isinstance(metric, str):
+            if metric not in METRICS:
+                raise BadInputError(f"metrics must be {', '.join(METRICS)} or functions, got {metric!r}")
+            found[metric] = METRICS[metric]
+        else:
+            found[getattr(metric, "__name__", "metric")] = metric
+    if len(found) < max(len(metrics), 1):
+        raise BadInputError("metrics must not be empty, and each needs a name of its own")
+    return found
+
+
+def _halves(batch: Tokens, seed: int) -> tuple[Tokens, Tokens]:
+    """Discovery and test: documents split at random."""
+    documents = list(dict.fromkeys(batch.documents))
+    if len(documents) < 2:
+        raise BadInputError("split=True needs sequences of at least 2 documents")
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    first = {documents[i] for i in order[: len(documents) // 2]}
+    rows = [[b for b, d in enumerate(batch.documents) if (d in first) == half] for half in (True, False)]
+    return batch[rows[0]], batch[rows[1]]
+
+
+def _on_twin(run: Planned, shadow: TransformerBridge) -> Planned:
+    """A run with its hooks built anew on the untrained twin."""
+    hooks = run.hooks.rebuilt(model=shadow) if isinstance(run.hooks, Hooks) else run.hooks
+    return replace(run, control=UNTRAINED, hooks=hooks)
+
+
+def _measure(
+    model: TransformerBridge,
+    plan: Plan,
+    b: int,
+    runs: Sequence[Planned],
+    metrics: dict[str, Metric],
+    advance: Callable[[], None],
+) -> tuple[Float[Tensor, "run metric pos"], list[dict[str, Any]]]:
+    """Every run on one sequence: metrics of the scored tokens, side effects."""
+    one = plan.tokens[b].trim().to(str(model.cfg.device))
+    length, scored = int(one.lengths[0]), plan.scored[b]
+    values = torch.full((len(runs), len(metrics), length), torch.nan)
+    side: list[dict[str, Any]] = []
+    targets = one.ids[0, 1:][scored.to(one.ids.device)]
+    base: Tensor | None = None
+    sinks = torch.zeros(length, dtype=torch.bool)
+    sinks[[p for s, p in plan.found.places or () if s == b]] = True
+    before: set[int] | None = None
+    for r, run in enumerate(runs):
+        advance()
+        if not run.counts[b]:
+            continue
+        edited = torch.zeros(capabilities(model).n_layers, length, dtype=torch.bool)
+        for place in run.places[b]:
+            edited[sorted(place.layers) if place.layers is not None else slice(None), place.position] = True
+        watch = Watch(model, length, edited, sinks)
+        logits = scored_logits(model, one.ids, scored, [*watch.before(), *run.hooks, *watch.after()])
+        base = logits if base is None else base
+        for m, metric in enumerate(metrics.values()):
+            values[r, m, scored] = token_metrics(metric, logits, base, targets)
+        active = {s.position for s in _active(watch, plan, b)}
+        before = active if before is None else before
+        side.append(
+            {"label": run.label, "control": run.control, "sequence": b, **watch.summary()}
+            | {"new_sinks": len(active - before), "lost_sinks": len(before - active)}
+        )
+    return values, side
+
+
+def _active(watch: Watch, plan: Plan, b: int) -> Sequence[Any]:
+    """The sinks of an edited run, by the same thresholds."""
+    one = plan.tokens[b].trim()
+    uniform = plan.found.uniform[b : b + 1, :, : int(one.lengths[0])]
+    mass = watch.mass[None]
+    thresholds = plan.found.thresholds
+    found, _ = assemble(active_where(mass, uniform, thresholds), mass, None, one, thresholds, attended=None)
+    return found
+
+
+def scored_logits(
+    model: TransformerBridge, ids: Int[Tensor, "1 pos"], scored: Int[Tensor, " scored"], hooks: Sequence[Any]
+) -> Float[Tensor, "scored vocabulary"]:
+    """Logits at some positions only: the final norm and the unembedding see no others."""
+    index = scored.to(ids.device)
+    late = any(isinstance(name, str) and name.startswith(("ln_final", "unembed")) for name, _ in hooks)
+
+    def choose(tensor: Tensor, hook: Any) -> Tensor:
+        return tensor[:, index]
+
+    few = [] if late or not hasattr(model, "ln_final") else [("ln_final.hook_in", choose)]
+    with torch.no_grad():
+        logits = model.run_with_hooks(ids, fwd_hooks=[*hooks, *few])[0]
+    return logits if few and logits.shape[0] == len(index) else logits[index]

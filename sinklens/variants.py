@@ -1,0 +1,133 @@
+"""``bos_variants``: the same text with its first token kept, removed, replaced, doubled or moved.
+
+Input-level experiments for papers' BOS tables. In RoPE models removing the first token equals masking key 0 in every
+layer and head, exactly (docs/definitions.md, section 3): it is a second view of the same experiment, not more evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from sinklens.errors import BadInputError
+from sinklens.metrics import token_loss
+from sinklens.statistics import interval
+from sinklens.tokens import Tokens, as_tokens, pad_rows
+from sinklens.vocabulary import vocabulary
+
+VARIANTS = ("keep", "removed", "replaced", "doubled", "middle")
+SHORTEST = 4
+
+
+class BosVariants(dict[str, Tokens]):
+    """Variants of a batch by name, with the tokens that all of them predict.
+
+    ``targets[name][b]`` are the positions, in that variant, of sequence b's scored tokens: the same tokens in the
+    same order in each. Left out are the first two tokens and the one that follows the moved token, since not every
+    variant predicts them from text.
+    """
+
+    def __init__(self, variants: dict[str, Tokens], targets: dict[str, list[list[int]]], replacement: str) -> None:
+        super().__init__(variants)
+        self.targets = targets
+        self.replacement = replacement
+
+    def losses(
+        self, model: TransformerBridge, *, hooks: Sequence[Any] = ()
+    ) -> dict[str, list[Float[Tensor, " target"]]]:
+        """Loss in nats of every scored token, per variant and sequence."""
+        found: dict[str, list[Tensor]] = {}
+        for name, tokens in self.items():
+            loss = token_loss(model, tokens, hooks=hooks)
+            found[name] = [loss[b, [p - 1 for p in row]] for b, row in enumerate(self.targets[name])]
+        return found
+
+    def to_dataframe(self, model: TransformerBridge, *, hooks: Sequence[Any] = ()) -> pd.DataFrame:
+        """Mean loss per variant and its difference from "keep", with 95 % intervals over documents (16 or more).
+
+        Cost: one forward per sequence and variant.
+        """
+        losses = self.losses(model, hooks=hooks)
+        documents = next(iter(self.values())).documents
+        kept = torch.stack([row.mean() for row in losses["keep"]])
+        rows = []
+        for name in self:
+            means = torch.stack([row.mean() for row in losses[name]])
+            found = None if name == "keep" else interval(means - kept, documents)
+            rows.append(
+                {
+                    "variant": name,
+                    "loss": float(means.mean()),
+                    "difference": float((means - kept).mean()),
+                    "low": found[0] if found else float("nan"),
+                    "high": found[1] if found else float("nan"),
+                    "sequences": len(means),
+                    "targets": sum(len(row) for row in self.targets[name]),
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+def bos_variants(
+    model: TransformerBridge,
+    tokens: str | Sequence[str] | Tensor | Tokens,
+    *,
+    replacement: int | None = None,
+) -> BosVariants:
+    """The batch with its BOS (or first token) kept, removed, replaced, doubled, or moved to the middle.
+
+    Args:
+        model: from :func:`sinklens.load_model`.
+        tokens: sequences of at least 4 tokens.
+        replacement: the token id that replaces the first; default a line break, where that is one ordinary token, else
+            an ordinary token drawn with seed 0.
+
+    Raises:
+        BadInputError: a shorter sequence, a replacement outside the vocabulary or equal to a first token.
+    """
+    batch = as_tokens(model, tokens).to("cpu")
+    words = vocabulary(model)
+    if int(batch.lengths.min()) < SHORTEST:
+        raise BadInputError(f"bos_variants needs sequences of at least {SHORTEST} tokens")
+    chosen = _line_break(words) if replacement is None else replacement
+    if not 0 <= chosen < model.cfg.d_vocab:
+        raise BadInputError(f"replacement {chosen} is no token id: the vocabulary has {model.cfg.d_vocab}")
+    rows: dict[str, list[list[int]]] = {name: [] for name in VARIANTS}
+    targets: dict[str, list[list[int]]] = {name: [] for name in VARIANTS}
+    for b in range(len(batch)):
+        first, *rest = batch.row(b).tolist()
+        if first == chosen:
+            raise BadInputError(f"sequence {b} begins with the replacement {chosen} already; give another one")
+        half = len(rest) // 2  # the first token is moved behind rest[:half]
+        scored = [j for j in range(2, len(rest) + 1) if j != half + 1]
+        made = {
+            "keep": ([first, *rest], scored),
+            "removed": (rest, [j - 1 for j in scored]),
+            "replaced": ([chosen, *rest], scored),
+            "doubled": ([first, first, *rest], [j + 1 for j in scored]),
+            "middle": ([*rest[:half], first, *rest[half:]], [j - 1 if j <= half else j for j in scored]),
+        }
+        for name, (ids, where) in made.items():
+            rows[name].append(ids)
+            targets[name].append(where)
+    made_tokens = {
+        name: as_tokens(
+            model, pad_rows(ids, words, batch.sources, batch.documents, {**batch.info, "variant": name})
+        ).to("cpu")
+        for name, ids in rows.items()
+    }
+    return BosVariants(made_tokens, targets, words.labels([chosen])[0])
+
+
+def _line_break(words: Any) -> int:
+    """A line break where it is one ordinary token, else an ordinary token drawn with seed 0."""
+    ids = words.body("\n", [], [])
+    if len(ids) == 1 and ids[0] not in words.special_ids:
+        return int(ids[0])
+    return int(words.draw("random", 1, 1, 0)[0][0])
