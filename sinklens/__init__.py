@@ -16,18 +16,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sinklens.ablate import ablate_sinks
     from sinklens.anatomy import Anatomy, sink_anatomy
+    from sinklens.bos import patch_bos
     from sinklens.contexts import compare_contexts
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
+    from sinklens.experiment import run_experiment
+    from sinklens.hooks import Hooks
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
     from sinklens.models import load_model
+    from sinklens.outcome import Experiment
     from sinklens.proof import Capabilities, capabilities
+    from sinklens.residual_edits import ablate_residual
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
     from sinklens.sink_page import write_sinks
     from sinklens.sinkmap import Sink, SinkMap
     from sinklens.sinks import compare_methods, find_sinks
+    from sinklens.swap import restrict_attention, swap_attention
     from sinklens.tokens import Tokens, load_tokens
+    from sinklens.variants import BosVariants, bos_variants
     from sinklens.views import TokenView, attention_grid, attention_map
 
 __version__ = "0.1.0"
@@ -36,7 +43,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "anatomy",
     "BadInputError": "errors",
+    "BosVariants": "variants",
     "Capabilities": "proof",
+    "Experiment": "outcome",
+    "Hooks": "hooks",
     "Sink": "sinkmap",
     "SinkMap": "sinkmap",
     "SinkScores": "scores",
@@ -46,17 +56,23 @@ _HOMES = {
     "TokenView": "views",
     "Tokens": "tokens",
     "UnsupportedModelError": "errors",
+    "ablate_residual": "residual_edits",
     "ablate_sinks": "ablate",
     "attention_grid": "views",
     "attention_map": "views",
+    "bos_variants": "variants",
     "capabilities": "proof",
     "compare_contexts": "contexts",
     "compare_methods": "sinks",
     "find_sinks": "sinks",
     "load_model": "models",
     "load_tokens": "tokens",
+    "patch_bos": "bos",
+    "restrict_attention": "swap",
+    "run_experiment": "experiment",
     "sink_anatomy": "anatomy",
     "sink_scores": "scores",
+    "swap_attention": "swap",
     "token_loss": "metrics",
     "write_scan": "scan",
     "write_sinks": "sink_page",
@@ -65,7 +81,10 @@ _HOMES = {
 __all__ = [
     "Anatomy",
     "BadInputError",
+    "BosVariants",
     "Capabilities",
+    "Experiment",
+    "Hooks",
     "Sink",
     "SinkMap",
     "SinkScores",
@@ -75,17 +94,23 @@ __all__ = [
     "TokenView",
     "Tokens",
     "UnsupportedModelError",
+    "ablate_residual",
     "ablate_sinks",
     "attention_grid",
     "attention_map",
+    "bos_variants",
     "capabilities",
     "compare_contexts",
     "compare_methods",
     "find_sinks",
     "load_model",
     "load_tokens",
+    "patch_bos",
+    "restrict_attention",
+    "run_experiment",
     "sink_anatomy",
     "sink_scores",
+    "swap_attention",
     "token_loss",
     "write_scan",
     "write_sinks",

@@ -1,0 +1,219 @@
+"""Measure the second part of docs/findings.md: what breaks when sinks are ablated, beside controls.
+
+    python docs/make_interventions.py run MODEL STORE     # hours; every finished sequence is kept in the folder STORE
+    python docs/make_interventions.py write STORE         # tables from all finished experiments
+
+Every document of python-docs with at least 256 tokens, the first 512 of each. At most 128 predictions per document are
+scored, the same in every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import sinklens as sl
+from sinklens.results import write_text
+
+DECODERS = ("smollm2-135m", "gemma3-270m")
+ALL_CONTROLS = ("random", "recent", "same_id", "matched")
+SCORED = 128
+MARK = "<!-- interventions -->"
+RECENT = (64, 256)
+
+
+def bands(n_layers: int) -> dict[str, range]:
+    """Thirds of the layers."""
+    third = n_layers // 3
+    return {"early": range(third), "middle": range(third, 2 * third), "late": range(2 * third, n_layers)}
+
+
+def every_mode(model: Any, sinks: sl.SinkMap) -> dict[str, Any]:
+    """Each mode over all sinks, in the layers of their lives; and renormalising position 0 in every layer."""
+    same: dict[str, Any] = {"allow_identity": True}
+    return {
+        "renormalize": sl.ablate_sinks(model, sinks),
+        "zero": sl.ablate_sinks(model, sinks, "zero"),
+        "value_only": sl.ablate_sinks(model, sinks, "value_only"),
+        "scale(0.5)": sl.ablate_sinks(model, sinks, "scale", g=0.5),
+        "mean_value": sl.ablate_sinks(model, sinks, "mean_value", **same),
+        "fixed_key": sl.ablate_sinks(model, sinks, "fixed_key", **same),
+        "fixed_key, neutral value": sl.ablate_sinks(model, sinks, "fixed_key", value="neutral"),
+        "fixed_key, mean value": sl.ablate_sinks(model, sinks, "fixed_key", value="mean", **same),
+        "fixed_logit": sl.ablate_sinks(model, sinks, "fixed_logit"),
+        "fixed_logit, neutral value": sl.ablate_sinks(model, sinks, "fixed_logit", value="neutral"),
+        "null": sl.ablate_sinks(model, sinks, "null"),
+        "uniform": sl.ablate_sinks(model, sinks, "uniform"),
+        "position 0, every layer: renormalize": sl.ablate_sinks(model, [0]),
+        "position 0, every layer: zero": sl.ablate_sinks(model, [0], "zero"),
+    }
+
+
+def by_kind(model: Any, sinks: sl.SinkMap) -> dict[str, Any]:
+    """Renormalize and zero by kind, and by where freed mass may go (zero frees none)."""
+    kinds = {"all": sinks, "primary": sinks.primary, "secondary": sinks.secondary}
+    found = {
+        f"{kind}: {mode}": sl.ablate_sinks(model, chosen, mode)
+        for kind, chosen in kinds.items()
+        for mode in ("renormalize", "zero")
+    }
+    for kind, chosen in kinds.items():
+        found[f"{kind}: renormalize, to ordinary"] = sl.ablate_sinks(model, chosen, to="ordinary")
+    return found
+
+
+def by_band(model: Any, sinks: sl.SinkMap) -> dict[str, Any]:
+    """Renormalize and zero by thirds of the layers."""
+    return {
+        f"{name} layers {band[0]}-{band[-1]}: {mode}": sl.ablate_sinks(model, sinks, mode, layers=band)
+        for name, band in bands(sinks.n_layers).items()
+        for mode in ("renormalize", "zero")
+    }
+
+
+def massive(model: Any, sinks: sl.SinkMap) -> dict[str, Any]:
+    """Zero against mean of the massive dimensions, and the other edits of the sink's residual."""
+    return {
+        mode: sl.ablate_residual(model, sinks.primary, mode, allow_identity=True)
+        for mode in ("massive_zero", "massive_mean", "project", "rescale")
+    }
+
+
+def streaming(model: Any, _: sl.SinkMap) -> dict[str, Any]:
+    """StreamingLLM's attention pattern as a mask: no sinks, and the first 1, 2, 4 tokens."""
+    return {
+        f"{k}+{recent}": sl.restrict_attention(model, sinks=k, recent=recent) for recent in RECENT for k in (0, 1, 2, 4)
+    }
+
+
+EXPERIMENTS: dict[str, tuple[Callable[[Any, sl.SinkMap], dict[str, Any]], tuple[str, ...], str]] = {
+    "modes": (every_mode, (), "Every mode, all sinks, in the layers of their lives"),
+    "kinds": (by_kind, ALL_CONTROLS, "By kind of sink, and by where freed mass may go"),
+    "streaming": (streaming, (), "StreamingLLM's attention pattern as a mask (positions as in the text)"),
+    "massive": (massive, ("random", "matched"), "The primary sink's residual stream, in every layer of its life"),
+    "bands": (by_band, ALL_CONTROLS, "By thirds of the layers"),
+}
+
+
+def run(name: str, store: Path, wanted: list[str]) -> None:
+    """Run one model's experiments; each goes on where it was interrupted."""
+    warnings.simplefilter("ignore", sl.SinklensWarning)
+    torch.set_num_threads(1)
+    model = sl.load_model(name)
+    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+    sinks = sl.find_sinks(model, tokens)
+    variants = sl.bos_variants(model, tokens)
+    for key in wanted or ["bos", *EXPERIMENTS]:
+        if key == "bos":
+            path = store / f"{name}-bos.csv"
+            if not path.is_file():
+                variants.to_dataframe(model).to_csv(path, index=False)
+            continue
+        build, controls, _ = EXPERIMENTS[key]
+        folder = store / f"{name}-{key}"
+        experiment = sl.run_experiment(
+            model, tokens, build(model, sinks), controls=controls, most_scored=SCORED, resume=folder
+        )
+        experiment.save(store / f"{name}-{key}.safetensors")
+
+
+def number(row: dict[str, Any], key: str) -> str:
+    """A value with its interval."""
+    value = row.get(key, float("nan"))
+    if value != value:
+        return "-"
+    low, high = row.get(f"{key}_low", float("nan")), row.get(f"{key}_high", float("nan"))
+    return f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low == low else "")
+
+
+def effects(experiment: sl.Experiment) -> str:
+    """One row per intervention and control."""
+    table = experiment.to_dataframe().to_dict("records")
+    base = table[0]
+    lines = [
+        f"{len(experiment.tokens)} documents, base loss {base['loss']:.3f}.",
+        "",
+        "| intervention | control | documents | change of loss (nats) | KL(base to edited) | same top token | "
+        "beyond the control |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table[1:]:
+        kl = f"{row['kl']:.3f}" + (
+            f" [{row['kl_low']:.3f}, {row['kl_high']:.3f}]" if row["kl_low"] == row["kl_low"] else ""
+        )
+        lines.append(
+            f"| {'' if row['control'] else row['label']} | {row['control']} | {row['sequences']} | "
+            f"{number(row, 'd_loss')} | {kl} | {row['top1']:.3f} | {number(row, 'beyond')} |"
+        )
+    return "\n".join(lines)
+
+
+def side_effects(experiment: sl.Experiment) -> str:
+    """What else changed, for the interventions alone."""
+    table = experiment.side_effects()
+    table = table[(table.control == "")].drop(columns="control")
+    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + "---|" * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append("| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row) + " |")
+    return "\n".join(lines)
+
+
+def write(store: Path) -> None:
+    """Put the tables of all finished experiments into docs/findings.md."""
+    parts = [
+        MARK,
+        "# What breaks without sinks",
+        f"Written by `python docs/make_interventions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
+        f"of `python-docs` with at least 256 tokens, the first 512 of each; at most {SCORED} predictions per document "
+        "are scored, none at a sink, at an edited token or at a control's token, the same in every run of a table. "
+        "Intervals: 95 % BCa over documents. The models are 4-bit GGUF weights, dequantised. *Beyond the control* is "
+        "the paired difference of the loss; a control that exists only in some documents is compared on those.",
+    ]
+    for name in DECODERS:
+        parts.append(f"## {name}: interventions")
+        if (store / f"{name}-bos.csv").is_file():
+            table = pd.read_csv(store / f"{name}-bos.csv").to_dict("records")
+            lines = ["| first token | loss | difference |", "|---|---|---|"]
+            for row in table:
+                shown = {**row, "difference_low": row["low"], "difference_high": row["high"]}
+                lines.append(f"| {row['variant']} | {row['loss']:.3f} | {number(shown, 'difference')} |")
+            parts.append("### The first token (the BOS on Gemma)\n\n" + "\n".join(lines))
+        for key, (_, _, title) in EXPERIMENTS.items():
+            path = store / f"{name}-{key}.safetensors"
+            if path.is_file():
+                experiment = sl.Experiment.load(path)
+                notes = "".join(f"\n- {note}" for note in experiment.notes)
+                parts.append(f"### {title}\n\n{effects(experiment)}{chr(10) + notes if notes else ''}")
+                parts.append(f"Side effects (means over layers and documents):\n\n{side_effects(experiment)}")
+    page = Path(__file__).parent / "findings.md"
+    before = page.read_text(encoding="utf-8").split(MARK)[0].rstrip()
+    write_text(page, before + "\n\n" + "\n\n".join(parts) + "\n")
+
+
+def main() -> None:
+    """Run, or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("model", choices=DECODERS)
+    runner.add_argument("store", type=Path)
+    runner.add_argument("--only", nargs="*", default=[], choices=["bos", *EXPERIMENTS])
+    writer = commands.add_parser("write")
+    writer.add_argument("store", type=Path)
+    options = parser.parse_args()
+    if options.command == "run":
+        options.store.mkdir(parents=True, exist_ok=True)
+        run(options.model, options.store, options.only)
+    else:
+        write(options.store)
+
+
+if __name__ == "__main__":
+    main()
