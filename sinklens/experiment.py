@@ -196,14 +196,14 @@ def _active(watch: Watch, plan: Plan, b: int) -> Sequence[Any]:
 def scored_logits(
     model: TransformerBridge, ids: Int[Tensor, "1 pos"], scored: Int[Tensor, " scored"], hooks: Sequence[Any]
 ) -> Float[Tensor, "scored vocabulary"]:
-    """Logits at some positions only: the final norm and the unembedding see no others."""
+    """Logits at some positions only: the unembedding sees no others (unless the hooks look at it themselves)."""
     index = scored.to(ids.device)
-    late = any(isinstance(name, str) and name.startswith(("ln_final", "unembed")) for name, _ in hooks)
+    late = any(isinstance(name, str) and name.startswith("unembed") for name, _ in hooks)
 
     def choose(tensor: Tensor, hook: Any) -> Tensor:
         return tensor[:, index]
 
-    few = [] if late or not hasattr(model, "ln_final") else [("ln_final.hook_in", choose)]
+    few = [] if late else [("unembed.hook_in", choose)]
     with torch.no_grad():
         logits = model.run_with_hooks(ids, fwd_hooks=[*hooks, *few])[0]
-    return logits if few and logits.shape[0] == len(index) else logits[index]
+    return logits[index] if late else logits

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from sinklens.errors import BadInputError
-from sinklens.plots import ACCENT, INK, escape_hover, themed
+from sinklens.plots import ACCENT, INK, SCALE, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.outcome import Experiment
+    from sinklens.sweep_result import Sweep
 
 WORDS = {
     "loss": "change of loss (nats per token)",
@@ -75,3 +76,49 @@ def forest(experiment: Experiment, metric: str | None = None) -> go.Figure:
         f"What breaks, beside controls<br><sup>{documents} document(s); {bars}; hollow: the same edit elsewhere</sup>"
     )
     return themed(figure, title, height=max(320, 170 + 24 * len(rows)))
+
+
+def sweep_figure(sweep: Sweep, metric: str = "loss") -> go.Figure:
+    """Bars over layers or heads, a map over both, a curve over doses."""
+    if metric not in sweep.metrics:
+        raise BadInputError(f"no metric {metric!r}; there are {', '.join(sweep.metrics)}")
+    table = sweep.to_dataframe()
+    value = "d_loss" if metric == "loss" else metric
+    words = WORDS[metric]
+    if sweep.over == "layer-head":
+        grid = table.pivot(index="layer", columns="head", values=value)
+        figure = go.Figure(
+            go.Heatmap(
+                z=grid.to_numpy(),
+                x=list(grid.columns),
+                y=list(grid.index),
+                colorscale="RdBu_r" if metric == "loss" else SCALE,
+                zmid=0 if metric == "loss" else None,
+                colorbar={"title": words, "outlinewidth": 0},
+                hovertemplate="layer %{y}, head %{x}: %{z:.4f}<extra></extra>",
+            )
+        )
+        figure.update_xaxes(title="head", dtick=1 if len(grid.columns) <= 16 else None, showgrid=False)
+        figure.update_yaxes(title="layer", showgrid=False)
+        title = f"{sweep.mode}, one head at a time"
+        return themed(figure, title, height=max(320, 130 + 17 * len(grid.index)))
+    x = table[sweep.over].tolist()
+    y = table[value].tolist()
+    low, high = table[f"{value}_low"].tolist(), table[f"{value}_high"].tolist()
+    bars = {
+        "type": "data",
+        "symmetric": False,
+        "array": [b - a if b == b else 0 for a, b in zip(y, high, strict=True)],
+        "arrayminus": [a - b if b == b else 0 for a, b in zip(y, low, strict=True)],
+        "thickness": 1.5,
+    }
+    figure = go.Figure()
+    if sweep.over == "dose":
+        figure.add_scatter(x=x, y=y, mode="lines+markers", line={"color": ACCENT}, error_y=bars)
+        figure.update_xaxes(title="factor g on the sinks' exp-scores (0: gone, 1: unchanged)")
+    else:
+        figure.add_bar(x=x, y=y, marker_color=ACCENT, error_y={**bars, "color": INK})
+        figure.update_xaxes(title=sweep.over, dtick=5 if len(x) > 12 else 1)
+    figure.update_yaxes(title=words)
+    name = "scale(g)" if sweep.over == "dose" else f"{sweep.mode}, one {sweep.over} at a time"
+    return themed(figure, name, height=380)
