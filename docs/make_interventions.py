@@ -95,10 +95,10 @@ def streaming(model: Any, _: sl.SinkMap) -> dict[str, Any]:
 
 EXPERIMENTS: dict[str, tuple[Callable[[Any, sl.SinkMap], dict[str, Any]], tuple[str, ...], str]] = {
     "modes": (every_mode, (), "Every mode, all sinks, in the layers of their lives"),
-    "kinds": (by_kind, ALL_CONTROLS, "By kind of sink, and by where freed mass may go"),
-    "bands": (by_band, ALL_CONTROLS, "By thirds of the layers"),
     "streaming": (streaming, (), "StreamingLLM's attention pattern as a mask (positions as in the text)"),
     "massive": (massive, ("random", "matched"), "The primary sink's residual stream, in every layer of its life"),
+    "kinds": (by_kind, ALL_CONTROLS, "By kind of sink, and by where freed mass may go"),
+    "bands": (by_band, ALL_CONTROLS, "By thirds of the layers"),
 }
 
 
@@ -109,7 +109,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     model = sl.load_model(name)
     tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
     sinks = sl.find_sinks(model, tokens)
-    for key in wanted or [*EXPERIMENTS, "bos"]:
+    for key in wanted or ["modes", "streaming", "massive", "bos", "kinds", "bands"]:
         if key == "bos":
             path = store / f"{name}-bos.csv"
             if not path.is_file():
