@@ -118,7 +118,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         build, controls, _ = EXPERIMENTS[key]
         folder = store / f"{name}-{key}"
         experiment = sl.run_experiment(
-            model, tokens, build(model, sinks), controls=controls, most_scored=SCORED, resume=folder
+            model, tokens, build(model, sinks), controls=controls, sinks=sinks, most_scored=SCORED, resume=folder
         )
         experiment.save(store / f"{name}-{key}.safetensors")
 

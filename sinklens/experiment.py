@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.hooks import Hooks
 from sinklens.lives import activity as active_where
 from sinklens.metrics import METRICS, Metric, token_metrics
 from sinklens.models import has_trained_head, untrained_twin
 from sinklens.outcome import UNTRAINED, Experiment
 from sinklens.plan import Plan, Planned, check_controls
-from sinklens.proof import capabilities
-from sinklens.sinkmap import assemble
+from sinklens.proof import capabilities, same_model
+from sinklens.sinkmap import SinkMap, assemble
+from sinklens.sinks import find_sinks
 from sinklens.store import Store
 from sinklens.tokens import Tokens, as_tokens
 from sinklens.watch import Watch
@@ -36,6 +38,7 @@ def run_experiment(
     *,
     controls: Sequence[str] | Mapping[str, Mapping[str, Sequence[Any]]] = ("random", "recent"),
     metrics: Sequence[str | Metric] = ("loss", "kl", "top1"),
+    sinks: SinkMap | None = None,
     twin: bool = False,
     split: bool = False,
     most_scored: int | None = None,
@@ -54,6 +57,7 @@ def run_experiment(
             every intervention that has positions; or your own: ``{label: {name: hooks}}``; or ``()``.
         metrics: ``loss`` (nats), ``kl`` (KL(base || edited), nats), ``top1`` (agreement of the likeliest token with
             base), or functions ``f(logits, base_logits, targets) -> value per token``.
+        sinks: the sinks of these tokens, unfiltered, if at hand; default: :func:`sinklens.find_sinks` (not with split).
         twin: run every intervention on an untrained twin too (same shape, random weights): the floor of each effect.
         split: halve the documents at random; interventions given as functions are built on the discovery half, all
             effects are measured on the other.
@@ -87,7 +91,8 @@ def run_experiment(
     named = {label: _hooks(label, given, discovery, split) for label, given in interventions.items()}
     check_controls(controls, named)
     chosen_metrics = _metrics(metrics)
-    plan = Plan(model, test, named, controls, seed, most_scored, progress)
+    found = _found(model, test, sinks, progress)
+    plan = Plan(test, found, named, controls, seed, most_scored)
     store = Store(resume, plan, list(chosen_metrics), twin)
     shadow = untrained_twin(model, seed) if twin else None
     shadows = [] if shadow is None else [_on_twin(run, shadow) for run in plan.runs if not run.control]
@@ -101,6 +106,19 @@ def run_experiment(
                 values, side = torch.cat([values, more]), side + more_side
             store.keep(b, values, side)
     return store.collect(discovery if split else None)
+
+
+def _found(model: TransformerBridge, tokens: Tokens, given: SinkMap | None, progress: bool | None) -> SinkMap:
+    """The sinks that controls avoid and side effects are counted against."""
+    if given is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SinklensWarning)  # the notes say it
+            return find_sinks(model, tokens, progress=progress)
+    if given.tokens.digest != tokens.digest or given.method != "attention":
+        raise BadInputError("sinks= must be the attention sinks of the very tokens that are measured; leave it out")
+    if not same_model(given.info, capabilities(model)):
+        raise BadInputError("sinks= were found in another model; leave it out")
+    return given
 
 
 def _hooks(label: str, given: Intervention, discovery: Tokens, split: bool) -> Sequence[Any]:

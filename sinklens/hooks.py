@@ -13,7 +13,7 @@ from sinklens.places import Places
 Build = Callable[[TransformerBridge | None, Places | None], "Hooks"]
 
 
-class Hooks(list[tuple[str, Callable[..., Any]]]):
+class Hooks(list[Any]):
     """A list ``[(name, function), ...]`` as TransformerLens takes it, so it composes with any other list.
 
     ``model.run_with_hooks(tokens.ids, attention_mask=tokens.mask, fwd_hooks=hooks)`` or

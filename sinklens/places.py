@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -48,6 +49,12 @@ class Places:
     others: tuple[tuple[int, int], ...] = ()
     learned: bool = False
     recent: bool = False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two Places the same, for keeping what was read at them."""
+        digest = None if self.tokens is None else self.tokens.digest
+        return self.positions, self.predicate, digest, self.entries, self.learned, self.recent
 
     @property
     def columns_wanted(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,13 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.controls import CONTROLS, Candidates, candidates, control_places, slots
-from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.errors import BadInputError
 from sinklens.hooks import Hooks
 from sinklens.outcome import Run
 from sinklens.places import Place
 from sinklens.sinkmap import SinkMap
-from sinklens.sinks import find_sinks
 from sinklens.tokens import Tokens
 
 
@@ -36,18 +33,14 @@ class Plan:
 
     def __init__(
         self,
-        model: TransformerBridge,
         tokens: Tokens,
+        found: SinkMap,
         named: dict[str, Sequence[Any]],
         controls: Sequence[str] | Mapping[str, Mapping[str, Sequence[Any]]],
         seed: int,
         most_scored: int | None,
-        progress: bool | None,
     ) -> None:
-        self.tokens, self.seed = tokens, seed
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SinklensWarning)
-            self.found: SinkMap = find_sinks(model, tokens, progress=progress)
+        self.tokens, self.found, self.seed = tokens, found, seed
         everywhere = range(len(tokens))
         wanted = {label: [_places(hooks, tokens, b) for b in everywhere] for label, hooks in named.items()}
         taken = [sorted({e.position for rows in wanted.values() for e in rows[b]}) for b in everywhere]

@@ -9,9 +9,11 @@ Cost: one forward without the unembedding per reference sequence, and one more s
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,8 +31,12 @@ from sinklens.sinks import find_sinks
 from sinklens.tokens import Tokens, as_tokens, load_tokens
 
 DEFAULT_SEQUENCES = 16
+KEPT = 4  # references per model
 BINS = 24  # floor(log2(n)) of up to 16 million visible keys
 LONGEST_TABLE = 2048  # positions that a predicate may reach
+
+
+_kept: WeakKeyDictionary[TransformerBridge, OrderedDict[Any, Reference]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +139,8 @@ def gather_reference(
         needs: any of "value", "key", "margin".
         progress: show a bar.
 
+    The latest few references of a model are kept, so that several modes over the same sinks read them once.
+
     Raises:
         BadInputError: nothing to average over.
         UnsupportedModelError: keys are wanted but the host does not show them before RoPE.
@@ -145,13 +153,20 @@ def gather_reference(
             f"fixed_key needs; use zero, mean_value or fixed_logit"
         )
     tokens, where = reference_places(model, places, tokens)
+    name = (tokens.digest, tokens.documents, where.key, places.key, tuple(layers))
+    kept = _kept.setdefault(model, OrderedDict())
+    if name in kept:
+        return kept[name]
     found = Reference(tokens, where, {n: [] for n in layers}, {n: [] for n in layers})
     with progress_bar("reference", len(tokens), progress) as advance:
         for sequence in range(len(tokens)):
-            _look(model, found, sequence, layers, needs, point)
+            _look(model, found, sequence, layers, point)
             advance()
-    if "key" in needs and point is not None:
+    if point is not None:
         _rotate(model, found, places, layers, point)
+    kept[name] = found
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
     return found
 
 
@@ -182,7 +197,6 @@ def _look(
     found: Reference,
     sequence: int,
     layers: Sequence[int],
-    needs: frozenset[str],
     point: tuple[str, bool] | None,
 ) -> None:
     """Run one reference sequence and keep what is needed of its sinks."""
@@ -212,7 +226,7 @@ def _look(
                 for c in columns.nonzero().flatten().tolist():
                     key = None if keys is None else keys[c].clone()
                     found.records[layer].append(Record(group, document, values[c].clone(), key))
-            if "margin" in needs and (groups or found.places.learned):
+            if groups or found.places.learned:
                 sums, counts = _margins(model, found.places, groups, layer, seen["scores"], pattern)
                 found.margins[layer].append((document, sums, counts))
             seen.clear()
@@ -223,7 +237,7 @@ def _look(
         if not found.places.acts_in(layer):
             continue
         hooks.append((attention_hook(layer, "hook_v"), keep("v")))
-        if "key" in needs and point is not None:
+        if point is not None:
             hooks.append((attention_hook(layer, point[0]), keep("k")))
         hooks.append((attention_hook(layer, "hook_attn_scores"), keep("scores")))
         hooks.append((attention_hook(layer, "hook_pattern"), take(layer)))

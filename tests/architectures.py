@@ -64,6 +64,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
             layer_types=["sliding_attention", "full_attention"],
         )
     ),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(**_LLAMA, sliding_window=_WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=2.0)
+    ),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_LLAMA)),
+    "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**_LLAMA)),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_LLAMA, sliding_window=_WINDOW)),
     "bloom": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_SPECIAL)
