@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sinklens.sinkmap import Sink, SinkMap
     from sinklens.sinks import compare_methods, find_sinks
     from sinklens.swap import restrict_attention, swap_attention
+    from sinklens.sweep_result import Sweep
+    from sinklens.sweeps import sweep_ablation
     from sinklens.tokens import Tokens, load_tokens
     from sinklens.variants import BosVariants, bos_variants
     from sinklens.views import TokenView, attention_grid, attention_map
@@ -52,6 +54,7 @@ _HOMES = {
     "SinkScores": "scores",
     "SinklensError": "errors",
     "SinklensWarning": "errors",
+    "Sweep": "sweep_result",
     "Thresholds": "lives",
     "TokenView": "views",
     "Tokens": "tokens",
@@ -73,6 +76,7 @@ _HOMES = {
     "sink_anatomy": "anatomy",
     "sink_scores": "scores",
     "swap_attention": "swap",
+    "sweep_ablation": "sweeps",
     "token_loss": "metrics",
     "write_scan": "scan",
     "write_sinks": "sink_page",
@@ -90,6 +94,7 @@ __all__ = [
     "SinkScores",
     "SinklensError",
     "SinklensWarning",
+    "Sweep",
     "Thresholds",
     "TokenView",
     "Tokens",
@@ -111,6 +116,7 @@ __all__ = [
     "sink_anatomy",
     "sink_scores",
     "swap_attention",
+    "sweep_ablation",
     "token_loss",
     "write_scan",
     "write_sinks",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import same_vector
@@ -25,7 +26,7 @@ from sinklens.selection import Layers, select
 from sinklens.tokens import Tokens, as_tokens, load_tokens
 
 SITES = ("resid_pre", "resid_post", "k", "v", "mlp_out", "attn_out")
-Source = str | int | Sequence[str] | Tensor | Tokens | Mapping[str, Tensor]
+Source = str | int | Sequence[str] | Tensor | Tokens | Mapping[str, Tensor] | ActivationCache
 
 
 def site_hook(model: TransformerBridge, layer: int, site: str) -> str:
@@ -176,7 +177,7 @@ def _vectors(
     model: TransformerBridge, sites: _Sites, source: Source, reference: str | Sequence[str] | Tensor | Tokens | None
 ) -> dict[int, Float[Tensor, "*shape"]]:
     """What is put in the first position's place, by layer."""
-    if isinstance(source, Mapping) or hasattr(source, "cache_dict"):
+    if isinstance(source, (Mapping, ActivationCache)):
         return _from_cache(model, sites, source)
     if source == "zero":
         shown = sites.collect(torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device))

@@ -191,7 +191,7 @@ def _measure(
         logits = scored_logits(model, one.ids, scored, [*watch.before(), *run.hooks, *watch.after()])
         base = logits if base is None else base
         for m, metric in enumerate(metrics.values()):
-            values[r, m, scored] = token_metrics(metric, logits, base, targets)
+            values[r, m, scored] = token_metrics(metric, logits, base, targets).float()
         active = {s.position for s in _active(watch, plan, b)}
         before = active if before is None else before
         side.append(

@@ -79,12 +79,13 @@ def token_metrics(
         BadInputError: a user's function that gives no value per token.
     """
     parts: list[Tensor] = []
+    wide = torch.promote_types(logits.dtype, torch.float32)
     for start in range(0, logits.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        found = metric(logits[rows].float(), base_logits[rows].float(), targets[rows])
+        found = metric(logits[rows].to(wide), base_logits[rows].to(wide), targets[rows])
         if not isinstance(found, Tensor) or found.shape != targets[rows].shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             name = getattr(metric, "__name__", "the metric")
             raise BadInputError(f"{name} must give one value per token, shape {tuple(targets[rows].shape)}; got {got}")
-        parts.append(found.float().cpu())
+        parts.append(found.cpu())
     return torch.cat(parts)

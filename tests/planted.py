@@ -27,8 +27,12 @@ def planted_model(
     strength: Mapping[int, float],
     where: Mapping[int, Sequence[int]],
     heads: Sequence[int] = (0, 1),
+    writes: float = 0.0,
 ) -> TransformerBridge:
-    """``strength[token]`` is the token's logit, ``where[token]`` the layers in which it has it."""
+    """``strength[token]`` is the token's logit, ``where[token]`` the layers in which it has it.
+
+    ``writes`` lets attention write a little, so that an edit of it has an effect.
+    """
     config = tf.GPT2Config(
         vocab_size=8, n_positions=512, n_embd=D_MODEL, n_layer=n_layers, n_head=HEADS, bos_token_id=1, eos_token_id=2
     )
@@ -45,6 +49,9 @@ def planted_model(
         reads = torch.linalg.pinv(seen)  # column i reads 1 on token i and 0 on the other two
         for layer, block in enumerate(model.transformer.h):
             attention = block.attn.c_attn
+            generator = torch.Generator().manual_seed(layer)
+            for weight in (attention.weight[:, 2 * D_MODEL :], block.attn.c_proj.weight):
+                weight += writes * torch.randn(weight.shape, generator=generator)
             for slot, token in enumerate((X, Y)):
                 if layer not in where.get(token, ()):
                     continue
