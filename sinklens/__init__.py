@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sinklens.contexts import compare_contexts
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.experiment import run_experiment
+    from sinklens.experiment_page import write_experiment
     from sinklens.hooks import Hooks
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
@@ -78,6 +79,7 @@ _HOMES = {
     "swap_attention": "swap",
     "sweep_ablation": "sweeps",
     "token_loss": "metrics",
+    "write_experiment": "experiment_page",
     "write_scan": "scan",
     "write_sinks": "sink_page",
 }
@@ -118,6 +120,7 @@ __all__ = [
     "swap_attention",
     "sweep_ablation",
     "token_loss",
+    "write_experiment",
     "write_scan",
     "write_sinks",
 ]

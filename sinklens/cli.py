@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
-from enum import Enum
-from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from sinklens.console import stderr
-from sinklens.corpora import is_file, shortened
+from sinklens.cli_common import (
+    Context,
+    ContextOption,
+    CorpusOption,
+    CountOption,
+    LengthOption,
+    ModelOption,
+    OutOption,
+    SeedOption,
+    TextOption,
+    check_out,
+    friendly,
+    plain,
+    say_written,
+    source_of,
+    stdout,
+)
+from sinklens.cli_interventions import ablate, bos
 from sinklens.embedded import CATALOGUE, DEFAULT_MODEL
-from sinklens.errors import BadInputError, SinklensError
+from sinklens.errors import BadInputError
 
 app = typer.Typer(
     help="Find attention sinks in real models.",
@@ -25,44 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-stdout = Console()
 SHOWN_SINKS = 40
-
-ModelOption = Annotated[str, typer.Option("--model", help="Embedded name, folder, .gguf file or hub id.")]
-TextOption = Annotated[str | None, typer.Option("--text", help="A text or .jsonl file; - reads standard input.")]
-CorpusOption = Annotated[str | None, typer.Option("--corpus", help="A corpus: python-docs, or a dataset id.")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the page, the table and the manifest.")]
-
-
-class Context(str, Enum):
-    """What the model reads."""
-
-    natural = "natural"
-    random = "random"
-    repeat = "repeat"
-
-
-ContextOption = Annotated[Context, typer.Option(help="Natural text, random ids, or one id repeated.")]
-LengthOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence; default up to 512.")]
-CountOption = Annotated[int | None, typer.Option("--n-seqs", help="Sequences; default up to 16.")]
-SeedOption = Annotated[int, typer.Option(help="Which documents, which random ids.")]
-
-
-def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show expected errors as one line and end with status 2; Ctrl-C with 130."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except SinklensError as error:
-            stderr.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt:
-            stderr.print("interrupted; nothing half-written was left")
-            raise typer.Exit(130) from None
-
-    return run
 
 
 def _show_version(wanted: bool) -> bool:
@@ -92,7 +66,7 @@ def models() -> None:
         table.add_row(model.name, f"{model.download_mb} MB", model.licence, "yes" if model.cached else "no")
     stdout.print(table)
     for model in CATALOGUE.values():
-        stdout.print(f"[bold]{model.name}[/]: {_plain(model.summary)}", highlight=False)
+        stdout.print(f"[bold]{model.name}[/]: {plain(model.summary)}", highlight=False)
     stdout.print(f"Default: {DEFAULT_MODEL}.", highlight=False)
     stdout.print("Also: any local folder with safetensors, .gguf file, or Hugging Face hub id.", highlight=False)
 
@@ -118,8 +92,8 @@ def scan(
 
     if not 0 <= epsilon < 1:
         raise BadInputError(f"epsilon must lie in [0, 1), got {epsilon}")
-    _check_out(out)
-    source = _source(text, corpus, context)
+    check_out(out)
+    source = source_of(text, corpus, context)
     loaded = sl.load_model(model)
     tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
     scores = sl.sink_scores(loaded, tokens)
@@ -129,7 +103,7 @@ def scan(
     if out is not None:
         command = ["sinklens", *sys.argv[1:]]
         paths = sl.write_scan(scores, out, position=position, epsilon=epsilon, loss=loss, command=command)
-        _say_written(paths)
+        say_written(paths)
 
 
 @app.command()
@@ -149,8 +123,8 @@ def sinks(
     """Find the sinks: primary and secondary, when each lives, what each head does with them."""
     import sinklens as sl
 
-    _check_out(out)
-    source = _source(text, corpus, context)
+    check_out(out)
+    source = source_of(text, corpus, context)
     loaded = sl.load_model(model)
     tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
     with warnings.catch_warnings():
@@ -159,7 +133,7 @@ def sinks(
     anatomy = sl.sink_anatomy(loaded, found)
     _show_sinks(found, anatomy)
     if out is not None:
-        _say_written(sl.write_sinks(found, anatomy, out, command=["sinklens", *sys.argv[1:]]))
+        say_written(sl.write_sinks(found, anatomy, out, command=["sinklens", *sys.argv[1:]]))
 
 
 def _show_sinks(found: Any, anatomy: Any) -> None:
@@ -171,7 +145,7 @@ def _show_sinks(found: Any, anatomy: Any) -> None:
     )
     for sink in list(found)[:SHOWN_SINKS]:
         life = f"{sink.onset}-{sink.end}"
-        token = _plain(repr(sink.token))
+        token = plain(repr(sink.token))
         where = f"{sink.sequence}", f"{sink.position}"
         table.add_row(*where, token, sink.kind, sink.reason, life, _number(sink.mass), f"{len(sink.heads)}")
     if len(found):
@@ -182,43 +156,15 @@ def _show_sinks(found: Any, anatomy: Any) -> None:
         classes = anatomy.head_classes()["class"].value_counts()
         stdout.print("heads: " + ", ".join(f"{n} {name}" for name, n in classes.items()), highlight=False)
     for note in (*found.notes, *anatomy.notes):
-        stdout.print(f"note: {_plain(note)}", highlight=False)
-
-
-def _say_written(paths: dict[str, Path]) -> None:
-    for path in paths.values():
-        stdout.print(f"wrote {_plain(str(path))}", highlight=False, soft_wrap=True)
-
-
-def _source(text: str | None, corpus: str | None, context: Context) -> str | list[str]:
-    if text is not None and corpus is not None:
-        raise BadInputError("give --text or --corpus, not both")
-    if context is not Context.natural:
-        if text is not None or corpus is not None:
-            raise BadInputError(f"--context {context.value} makes its own ids; drop --text and --corpus")
-        return context.value
-    if text == "-":
-        try:
-            return [sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")]
-        except UnicodeDecodeError as error:
-            raise BadInputError(f"standard input is not UTF-8 text ({error}); convert it first") from error
-    if text is not None and not is_file(text):
-        raise BadInputError(f"no file at {shortened(text)}; --text takes a file, or - for standard input")
-    return text or corpus or "python-docs"
-
-
-def _check_out(out: Path | None) -> None:
-    """Refuse an output folder that cannot be one before any work is done."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise BadInputError(f"--out {str(out)!r} is a file; give a folder")
+        stdout.print(f"note: {plain(note)}", highlight=False)
 
 
 def _show(summary: Any) -> None:
     """The summary on the terminal: sentence, bars per layer, top tokens."""
-    stdout.print(_plain(summary.sentence()), highlight=False)
+    stdout.print(plain(summary.sentence()), highlight=False)
     loss = "" if summary.loss is None else f"; loss {summary.loss:.3f} nats per token"
     stdout.print(
-        f"{summary.sequences} sequence(s) of up to {summary.longest} tokens from {_plain(summary.source)}{loss}",
+        f"{summary.sequences} sequence(s) of up to {summary.longest} tokens from {plain(summary.source)}{loss}",
         highlight=False,
     )
     layers = Table("layer", f"sink rate at position {summary.position}", "", "alpha", "beta", box=None, pad_edge=False)
@@ -229,7 +175,7 @@ def _show(summary: Any) -> None:
     tokens = Table("sequence", "position", "token", "beta", "alpha", box=None, pad_edge=False, title_justify="left")
     for row in summary.top_tokens.itertuples():
         tokens.add_row(
-            f"{row.sequence}", f"{row.position}", _plain(repr(row.token)), _number(row.beta), _number(row.alpha)
+            f"{row.sequence}", f"{row.position}", plain(repr(row.token)), _number(row.beta), _number(row.alpha)
         )
     stdout.print(
         f"Tokens apart from position {summary.position} that draw the most far attention, mean over layers and heads:",
@@ -244,9 +190,8 @@ def _number(value: float) -> str:
     return "-" if value != value else f"{value:.3f}"
 
 
-def _plain(text: str) -> str:
-    """Text that rich does not read as markup."""
-    return text.replace("[", r"\[")
+app.command()(ablate)
+app.command()(bos)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def forest(experiment: Experiment, metric: str | None = None) -> go.Figure:
                 "size": 8 if control else 11,
             },
             error_x={
+                "visible": any(b == b for b in low),
                 "type": "data",
                 "symmetric": False,
                 "array": [b - a if b == b else 0 for a, b in zip(x, high, strict=True)],
@@ -105,7 +106,8 @@ def sweep_figure(sweep: Sweep, metric: str = "loss") -> go.Figure:
     x = table[sweep.over].tolist()
     y = table[value].tolist()
     low, high = table[f"{value}_low"].tolist(), table[f"{value}_high"].tolist()
-    bars = {
+    bars: dict[str, object] = {
+        "visible": any(b == b for b in low),
         "type": "data",
         "symmetric": False,
         "array": [b - a if b == b else 0 for a, b in zip(y, high, strict=True)],

@@ -187,3 +187,67 @@ def test_paths_with_brackets_are_shown_as_they_are(tmp_path: Path, text_a: str) 
     code, shown = run("scan", "--text", "-", "--out", str(tmp_path / "o[bold]x"), input=text_a[:200])
     assert code == 0
     assert "o[bold]x/scan.html" in shown
+
+
+@pytest.mark.real
+def test_ablate_prints_effects_beside_controls_and_writes_everything(tmp_path: Path, text_a: str) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(text_a)
+    out = tmp_path / "out"
+    command = [
+        "ablate",
+        "--text",
+        str(file),
+        "--mode",
+        "renormalize",
+        "--mode",
+        "scale",
+        "--g",
+        "0.5",
+        "--layers",
+        "3-10",
+    ]
+    code, shown = run(*command, "--kind", "secondary", "--control", "random", "--out", str(out))
+    assert code == 0
+    assert "scale(0.5)" in shown
+    assert "random" in shown
+    assert re.search(r"renormalize: of 0\.\d{3} attention freed per query, 0\.\d{3} to other sinks", shown)
+    names = {"experiment.html", "effects.csv", "side_effects.csv", "experiment.safetensors", "manifest.json"}
+    assert {p.name for p in out.iterdir()} == names
+    effects = pd.read_csv(out / "effects.csv")
+    assert effects.label.tolist() == ["base", "renormalize", "renormalize", "scale(0.5)", "scale(0.5)"]
+    assert abs(effects.d_loss[1]) < 0.3  # secondary sinks hardly matter
+    page = (out / "experiment.html").read_text()
+    assert not re.search(r'<(script|link|img|iframe)[^>]+(src|href)="', page)
+    assert page.count("plotly.js v") == 1
+    assert sl.Experiment.load(out / "experiment.safetensors").to_dataframe().shape[0] == 5
+
+
+@pytest.mark.real
+def test_bos_shows_what_removal_costs_gemma(tmp_path: Path, text_a: str) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(text_a)
+    code, shown = run("bos", "--model", "gemma3-270m", "--text", str(file), "--out", str(tmp_path))
+    assert code == 0
+    assert "first token '<bos>'" in shown
+    table = pd.read_csv(tmp_path / "bos_variants.csv").set_index("variant")
+    assert table.difference["removed"] == pytest.approx(1.61, abs=0.02)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ablate", "--layers", "3-x"], "--layers takes numbers"),
+        (["ablate", "--kind", "strange"], "--kind must be"),
+        (["ablate", "--mode", "erase", "--n-seqs", "1", "--seq-len", "64"], "mode must be"),
+        (["ablate", "--control", "middle", "--n-seqs", "1", "--seq-len", "64"], "controls must be"),
+        (["ablate", "--model", "minilm-l6", "--n-seqs", "1", "--seq-len", "64"], "delegates attention"),
+        (["bos", "--source", "zero", "--site", "pattern", "--n-seqs", "1", "--seq-len", "64"], "site must be"),
+    ],
+)
+def test_bad_interventions_end_with_one_line(arguments: list[str], message: str) -> None:
+    code, shown = run(*arguments)
+    assert code == 2
+    assert message in shown
+    assert "Traceback" not in shown

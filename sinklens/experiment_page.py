@@ -1,0 +1,57 @@
+"""Write what run_experiment found: a page, tables, the result, a manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from sinklens.outcome import Experiment
+from sinklens.pages import manifest, render
+from sinklens.results import atomic_path, write_text
+
+
+def write_experiment(
+    experiment: Experiment, out: str | os.PathLike[str], *, title: str = "interventions", command: Sequence[str] = ()
+) -> dict[str, Path]:
+    """Write ``experiment.html`` (self-contained), ``effects.csv``, ``side_effects.csv``, ``experiment.safetensors`` and
+    ``manifest.json``, each whole or not at all. Returns the paths by name.
+    """
+    folder = Path(out)
+    effects, side = experiment.to_dataframe(), experiment.side_effects()
+    with atomic_path(folder / "effects.csv") as partial:
+        effects.to_csv(partial, index=False)
+    with atomic_path(folder / "side_effects.csv") as partial:
+        side.to_csv(partial, index=False)
+    experiment.save(folder / "experiment.safetensors")
+    result = {"runs": [f"{r.label} / {r.control}" if r.control else r.label for r in experiment.runs]}
+    facts = manifest(experiment.info, experiment.tokens, result, command)
+    write_text(folder / "manifest.json", json.dumps(facts, indent=1))
+    figures = []
+    for metric in experiment.metrics:
+        caption = (
+            "Each row is an intervention (filled) or, below it, the same edit at tokens that are no sink (hollow)."
+        )
+        figures.append((experiment.plot(metric), caption))
+    page = render(
+        "experiment.html",
+        figures,
+        experiment=experiment,
+        title=title,
+        model=experiment.info["capabilities"]["model"],
+        effects=_table(effects),
+        side=_table(side),
+        manifest=json.dumps(facts, indent=1),
+    )
+    write_text(folder / "experiment.html", page)
+    names = ("experiment.html", "effects.csv", "side_effects.csv", "experiment.safetensors", "manifest.json")
+    return {name: folder / name for name in names}
+
+
+def _table(frame: pd.DataFrame) -> str:
+    """An HTML table with short numbers, without empty columns; text escaped by pandas."""
+    known = frame.dropna(axis=1, how="all")
+    return known.to_html(index=False, border=0, na_rep="", float_format=lambda value: f"{value:.4f}")
