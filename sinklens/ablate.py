@@ -130,6 +130,7 @@ def ablate_sinks(
     found = None
     if options.needs:
         found = gather_reference(model, places, reference, chosen.layers, needs=options.needs, progress=progress)
+        _check_counterparts(mode, places, found, chosen.layers)
 
     def build(other: TransformerBridge | None, elsewhere: Places | None) -> Hooks:
         arguments: dict[str, Any] = {"layers": layers, "heads": heads, "to": to, "neutral": neutral, "value": value}
@@ -188,6 +189,24 @@ def _check(options: Ablation, places: Places, model: TransformerBridge) -> None:
     refuse_unless_editable(model, values=options.replaces_value or options.writes_bias)
 
 
+def _check_counterparts(mode: str, places: Places, found: Reference, layers: Sequence[int]) -> None:
+    """Refuse a SinkMap none of whose sinks has a counterpart in another document: nothing would change."""
+    if places.tokens is None:
+        return
+    own = found.tokens.digest == places.tokens.digest
+    for entry in places.entries:
+        without = places.tokens.documents[entry.sequence] if own else None
+        for layer in layers:
+            if mode == "fixed_logit" and found.has_margin(layer, without):
+                return
+            if mode != "fixed_logit" and found.has(layer, entry.group, without):
+                return
+    raise BadInputError(
+        f"{mode} needs other documents with such sinks alive in these layers, and there are none; give reference= more "
+        f"sequences, or other layers="
+    )
+
+
 class _SinkEdit:
     """The edit of one layer's attention: called with what the layer computed, returns the new pattern."""
 
@@ -233,7 +252,7 @@ class _SinkEdit:
             "S" if places.learned else "F" if ordinary_only else "R",
             apart=ordinary_only,
         )
-        margin = self._fixed_margin(layer, seen) if options.mode == "fixed_logit" else None
+        margin = self._fixed_margin(layer, seen, part.margin) if options.mode == "fixed_logit" else None
         biased = options.writes_bias and value_bias(self.model, layer, self.facts.n_heads) is not None
         weights = pair(options.mode, part, g=options.g, margin=margin, value=options.value, biased=biased)
         rows = part.editable & self.chosen.mask(layer, self.facts.n_heads, sinks.device)[:, None]
@@ -256,7 +275,10 @@ class _SinkEdit:
     def means(
         self, what: str, layer: int, columns: Sequence[int], like: Float[Tensor, "batch column kv_head d_head"]
     ) -> Float[Tensor, "batch column kv_head d_head"]:
-        """The reference's mean for each of the columns; the row's own vector where it is no sink of that row."""
+        """The reference's mean for each of the columns; the row's own vector where it is no sink of that row.
+
+        A sink without a counterpart alive at this layer in another document keeps its own vector, and a note says so.
+        """
         found, forward = self.found, self.forward
         means = like.float().clone()
         starts = forward.starts.tolist()
@@ -265,6 +287,9 @@ class _SinkEdit:
                 for j, is_sink in enumerate(row):
                     if is_sink and found is not None:
                         without = found.document(forward, b)
+                        if not found.has(layer, group, without):
+                            self._lonely(layer, group)
+                            continue
                         position = columns[j] - starts[b]
                         means[b, j] = (
                             found.mean("value", layer, group, without)
@@ -274,12 +299,13 @@ class _SinkEdit:
                         self._compare(means[b, j], like[b, j])
         return means.to(like)
 
+    def _lonely(self, layer: int, group: str) -> None:
+        self.hooks.note(
+            f"layer {layer}: a {group} sink has no counterpart alive there in another document; {self.options.mode} "
+            f"leaves it as it is (give reference= more sequences to change that)"
+        )
+
     def _compare(self, new: Tensor, old: Tensor) -> None:
-        if new.isnan().any():
-            raise BadInputError(
-                "no other document has such a sink alive in this layer to take the mean over; give reference= more "
-                "sequences, or restrict layers="
-            )
         self.compared = True
         self.differs |= not bool(same_vector(new, old.float()).all())
 
@@ -296,14 +322,20 @@ class _SinkEdit:
         weights = (pattern * sinks)[..., index].float() * rows[..., None]
         return torch.einsum("bhqc,bchd->bhqd", weights, gain)
 
-    def _fixed_margin(self, layer: int, seen: Seen) -> Float[Tensor, "batch head query"]:
-        """The corpus mean margin of each head at each query's number of visible keys."""
+    def _fixed_margin(
+        self, layer: int, seen: Seen, own: Float[Tensor, "batch head query"]
+    ) -> Float[Tensor, "batch head query"]:
+        """The corpus mean margin of each head at each query's number of visible keys; its own where there is none."""
         found, forward = self.found, self.forward
         where = bins(seen.allowed.sum(-1))[:, 0]
         rows = []
         for b in range(where.shape[0]):
-            if found is not None:
-                rows.append(found.margin(layer, found.document(forward, b)).to(where.device)[:, where[b]])
+            without = None if found is None else found.document(forward, b)
+            if found is None or not found.has_margin(layer, without):
+                self._lonely(layer, "found")
+                rows.append(own[b])
+            else:
+                rows.append(found.margin(layer, without).to(own)[:, where[b]])
         return torch.stack(rows)
 
     def _target(self, target: int, seen: Seen, sinks: Tensor, apart: Tensor, first: int) -> Bool[Tensor, "b q k"]:

@@ -74,6 +74,14 @@ class Reference:
             return None
         return self.tokens.documents[sequence]
 
+    def has(self, layer: int, group: str, without: int | None) -> bool:
+        """Whether any other document has a sink of this group alive at a layer."""
+        return any(r.group == group and r.document != without for r in self.records.get(layer, ()))
+
+    def has_margin(self, layer: int, without: int | None) -> bool:
+        """Whether any other document has a margin at a layer."""
+        return any(document != without for document, _, _ in self.margins.get(layer, ()))
+
     def mean(self, what: str, layer: int, group: str, without: int | None) -> Float[Tensor, "kv_head d_head"]:
         """The mean "value" or (unrotated) "key" over the sinks of a group in other documents."""
         vectors = [getattr(r, what) for r in self.records[layer] if r.group == group and r.document != without]
@@ -284,7 +292,10 @@ def _rotate(
     found.rotated = {name: column for column, name in enumerate(wanted)}
     hooks: list[Any] = []
     for layer in layers:
-        means = [_mean_or_none(found, layer, group, without) for group, without, _ in wanted]
+        means = [
+            found.mean("key", layer, group, without) if found.has(layer, group, without) else None
+            for group, without, _ in wanted
+        ]
         empty = torch.full((facts.n_kv_heads, model.cfg.d_head), torch.nan, device=model.cfg.device)
         found.table[layer] = torch.stack([empty if mean is None else mean for mean in means])
         if facts.rope:
@@ -306,13 +317,6 @@ def _wanted_keys(model: TransformerBridge, found: Reference, places: Places) -> 
     own = found.tokens.digest == places.tokens.digest
     wanted = [(e.group, places.tokens.documents[e.sequence] if own else None, e.position) for e in places.entries]
     return list(dict.fromkeys(wanted))
-
-
-def _mean_or_none(found: Reference, layer: int, group: str, without: int | None) -> Tensor | None:
-    """The mean key, or None where no other document has such a sink alive: an error only if an edit needs it."""
-    if any(r.group == group and r.document != without for r in found.records[layer]):
-        return found.mean("key", layer, group, without)
-    return None
 
 
 def _rotation_hooks(found: Reference, layer: int, facts: Capabilities, point: tuple[str, bool]) -> list[Any]:

@@ -262,8 +262,6 @@ def test_padding_sides_and_single_sequences_agree(name: str, mode: str) -> None:
     places = {(0, 0): ("primary", range(2)), (1, 0): ("primary", range(2)), (2, 1): ("primary", range(1, 2))}
     sinks = planted_map(model, rows, {**places, (1, 3): ("secondary", range(1))})
     options: dict[str, Any] = {"target": 5} if mode == "move" else {}
-    if options or mode in ("mean_value", "fixed_key"):
-        sinks = sinks.primary  # the one secondary sink has no other document to be averaged over
     hooks = sl.ablate_sinks(model, sinks, mode, **options)
     right = sinks.tokens
     padded = left(right)
@@ -366,6 +364,24 @@ def test_a_mean_that_is_there_already_is_refused_unless_asked_for() -> None:
         got = model.run_with_hooks(rows[0][None], fwd_hooks=neutral)
     assert torch.equal(got, model.run_with_hooks(rows[0][None], fwd_hooks=sl.ablate_sinks(model, sinks, "zero")))
     assert any("by construction" in note for note in neutral.notes)
+
+
+def test_a_sink_without_a_counterpart_elsewhere_keeps_its_own_and_a_note_says_so() -> None:
+    _, model = build_pair("llama")
+    rows = random_rows((12, 13))
+    places = {(0, 0): ("primary", range(2)), (1, 0): ("primary", range(2)), (1, 4): ("secondary", range(1))}
+    sinks = planted_map(model, rows, places)
+    for mode in ("mean_value", "fixed_key"):
+        hooks = sl.ablate_sinks(model, sinks, mode)
+        alone = sl.ablate_sinks(model, sinks.primary, mode)
+        got = [model.run_with_hooks(rows[1][None], fwd_hooks=h) for h in (hooks, alone)]
+        assert (got[0] - got[1]).abs().max() < 1e-5
+        assert any("no counterpart" in note for note in hooks.notes)
+        assert not alone.notes
+    lonely = planted_map(model, rows, {(0, 2): ("secondary", range(2))})
+    for mode in ("mean_value", "fixed_key", "fixed_logit"):
+        with pytest.raises(sl.BadInputError, match="needs other documents"):
+            sl.ablate_sinks(model, lonely, mode)
 
 
 def test_the_learned_sink_is_ablated_by_name() -> None:
