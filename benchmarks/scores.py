@@ -66,12 +66,14 @@ def resident() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e9
 
 
-def compare(name: str, length: int, rounds: int, contenders: tuple[str, ...]) -> dict[str, dict[str, float]]:
+def compare(
+    name: str, length: int, rounds: int, contenders: tuple[str, ...], script: str = __file__
+) -> dict[str, dict[str, float]]:
     """Medians per contender, measured in turn."""
     found: dict[str, list[dict[str, float]]] = {c: [] for c in contenders}
     for _ in range(rounds):
         for contender in contenders:
-            command = [sys.executable, __file__, "--one", contender, "--model", name, "--tokens", str(length)]
+            command = [sys.executable, script, "--one", contender, "--model", name, "--tokens", str(length)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[contender].append(json.loads(done.stdout.splitlines()[-1]))
     return {c: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for c, runs in found.items()}
