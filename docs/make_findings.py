@@ -146,7 +146,9 @@ def main() -> None:
             '## The released layer lists of Wong et al. 2025\n\nTheir level and label rules, as `method="wong"` '
             "applies them, on the authors' own detections:\n\n" + rows
         )
-    write_text(Path(__file__).parent / "findings.md", "\n\n".join(parts) + "\n")
+    page = Path(__file__).parent / "findings.md"
+    _, mark, second = page.read_text(encoding="utf-8").partition("<!-- interventions -->")  # make_interventions.py's
+    write_text(page, "\n\n".join(parts) + "\n" + (f"\n{mark}{second}" if mark else ""))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sinklens.results import write_text
 DECODERS = ("smollm2-135m", "gemma3-270m")
 ALL_CONTROLS = ("random", "recent", "same_id", "matched")
 SCORED = 128
+SMALL = 0.03
 MARK = "<!-- interventions -->"
 RECENT = (64, 256)
 
@@ -154,6 +155,28 @@ def effects(experiment: sl.Experiment) -> str:
     return "\n".join(lines)
 
 
+def in_words(experiment: sl.Experiment) -> str:
+    """Which interventions hardly change the loss, and which change it less than a control does."""
+    table = experiment.to_dataframe().to_dict("records")
+    absent, small, weaker = [], [], []
+    for row in table[1:]:
+        if not row["control"]:
+            if row["d_loss_low"] <= 0 <= row["d_loss_high"]:
+                absent.append(row["label"])
+            elif abs(row["d_loss"]) < SMALL:
+                small.append(f"{row['label']} ({row['d_loss']:+.3f})")
+        elif row["beyond_high"] < 0:
+            weaker.append(f"{row['label']} against {row['control']}")
+    lines = []
+    if absent:
+        lines.append(f"No effect on the loss can be told from zero for: {'; '.join(absent)}.")
+    if small:
+        lines.append(f"The effect is real but below {SMALL} nats for: {'; '.join(small)}.")
+    if weaker:
+        lines.append(f"The control costs more than the sinks do: {'; '.join(weaker)}.")
+    return "\n\n".join(lines)
+
+
 def side_effects(experiment: sl.Experiment) -> str:
     """What else changed, for the interventions alone."""
     table = experiment.side_effects()
@@ -176,6 +199,8 @@ def write(store: Path) -> None:
         "the paired difference of the loss; a control that exists only in some documents is compared on those.",
     ]
     for name in DECODERS:
+        if not any(store.glob(f"{name}-*.safetensors")) and not (store / f"{name}-bos.csv").is_file():
+            continue
         parts.append(f"## {name}: interventions")
         if (store / f"{name}-bos.csv").is_file():
             table = pd.read_csv(store / f"{name}-bos.csv").to_dict("records")
@@ -190,6 +215,8 @@ def write(store: Path) -> None:
                 experiment = sl.Experiment.load(path)
                 notes = "".join(f"\n- {note}" for note in experiment.notes)
                 parts.append(f"### {title}\n\n{effects(experiment)}{chr(10) + notes if notes else ''}")
+                if in_words(experiment):
+                    parts.append(in_words(experiment))
                 parts.append(f"Side effects (means over layers and documents):\n\n{side_effects(experiment)}")
     page = Path(__file__).parent / "findings.md"
     before = page.read_text(encoding="utf-8").split(MARK)[0].rstrip()
