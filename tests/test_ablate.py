@@ -366,6 +366,28 @@ def test_a_mean_that_is_there_already_is_refused_unless_asked_for() -> None:
     assert any("by construction" in note for note in neutral.notes)
 
 
+def test_means_leave_out_the_document_that_is_edited() -> None:
+    """z of layer 0 gains exactly A (mean of the others' values - own value)."""
+    _, model = build_pair("llama")
+    rows = random_rows((12, 13, 14))
+    sinks = planted_map(model, rows, {(b, 0): ("primary", range(1)) for b in range(3)})
+    seen: dict[str, Tensor] = {}
+
+    def look(ids: Tensor, hooks: Any) -> dict[str, Tensor]:
+        names = ("hook_v", "hook_pattern", "hook_z")
+        reading = [(f"blocks.0.attn.{n}", lambda t, hook, n=n: seen.update({n: t.detach().clone()})) for n in names]
+        model.run_with_hooks(ids[None], fwd_hooks=[*hooks, *reading], return_type=None)
+        return dict(seen)
+
+    values = [look(row, [])["hook_v"][0, 0].repeat_interleave(2, 0) for row in rows]
+    plain = look(rows[0], [])
+    edited = look(rows[0], sl.ablate_sinks(model, sinks, "mean_value"))
+    gain = (values[1] + values[2]) / 2 - values[0]
+    expected = plain["hook_pattern"][0, :, 1:, 0].T[..., None] * gain
+    assert ((edited["hook_z"] - plain["hook_z"])[0, 1:] - expected).abs().max() < 1e-5
+    assert expected.abs().max() > 1e-2
+
+
 def test_a_sink_without_a_counterpart_elsewhere_keeps_its_own_and_a_note_says_so() -> None:
     _, model = build_pair("llama")
     rows = random_rows((12, 13))

@@ -102,6 +102,22 @@ def test_controls_never_pick_a_sink_and_have_as_many_places(sunk: Any) -> None:
     assert [r.control for r in e.runs] == ["", "", "random", "recent", "matched"]
 
 
+def test_nothing_is_scored_at_a_sink_an_edit_or_a_control(sunk: Any) -> None:
+    model, tokens, sinks = sunk
+    hooks = sl.ablate_sinks(model, sinks.secondary, "zero")
+    e = sl.run_experiment(model, tokens, {"zero": hooks}, controls=("random", "matched"), most_scored=40)
+    again = sl.run_experiment(model, tokens, {"zero": hooks}, controls=("random", "matched"))
+    sink_places = {(s.sequence, s.position) for s in sinks}
+    for b in range(18):
+        scored = [(~again.metrics["loss"][r, b].isnan()).nonzero().flatten().tolist() for r in range(4)]
+        assert scored[0] == scored[1] == scored[2] == scored[3]
+        assert sink_places.isdisjoint((b, p) for p in scored[0])
+        assert len(scored[0]) == 119 - 2 - 2  # two sinks, two controls' places, no prediction at the end
+        few = (~e.metrics["loss"][1, b].isnan()).nonzero().flatten().tolist()
+        assert len(few) == 40
+        assert set(few) <= set(scored[0])
+
+
 def test_side_effects_tell_where_attention_went(sunk: Any) -> None:
     model, tokens, sinks = sunk
     e = sl.run_experiment(
