@@ -87,10 +87,6 @@ class Forward:
         _ = self._ids
         self._visited.add(name)
 
-    def where(self, positions: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """The columns of positions."""
-        return self.starts + positions
-
     def mark(self, positions: list[list[int]]) -> Bool[Tensor, "batch column"]:
         """The columns of each row's positions; positions at or beyond the end are left out."""
         marked = torch.zeros(self._ids.shape, dtype=torch.bool, device=self._ids.device)

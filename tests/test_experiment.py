@@ -127,6 +127,7 @@ def test_side_effects_tell_where_attention_went(sunk: Any) -> None:
             "renormalize": sl.ablate_sinks(model, sinks.secondary),
             "ordinary": sl.ablate_sinks(model, sinks.secondary, to="ordinary"),
             "zero": sl.ablate_sinks(model, sinks.secondary, "zero"),
+            "more": sl.ablate_sinks(model, sinks.secondary, "scale", g=3.0),
         },
         controls=(),
     )
@@ -137,6 +138,8 @@ def test_side_effects_tell_where_attention_went(sunk: Any) -> None:
     assert side.to_other_sinks["ordinary"] == 0
     assert side.to_ordinary["ordinary"] == pytest.approx(side.freed["ordinary"], rel=1e-2)
     assert side.lost_sinks["renormalize"] == 1
+    assert side.to_edited["more"] == pytest.approx(side.freed["more"], rel=1e-2)
+    assert side.to_other_sinks["more"] < 1e-6
     assert side.freed["base"] == 0
     assert side.entropy["renormalize"] != side.entropy["base"]
 
