@@ -91,7 +91,7 @@ class Plan:
             at = [tuple(e for e in places.entries if e.sequence == b) for b in range(len(rows))]
             kept = ((),) * len(rows) if kind == "recent" else tuple(at)
             made.append(Planned(label, kind, rebuilt, tuple(complete), kept))
-            if not all(complete):
+            if sum(complete) < sum(bool(row) for row in rows):
                 self.notes.append(
                     f"{label}: {kind!r} control in {sum(complete)} of {sum(bool(r) for r in rows)} sequences; the "
                     f"others have fewer such tokens than sinks"
