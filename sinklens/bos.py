@@ -15,7 +15,6 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.ablate import same_vector
 from sinklens.attention import attention_hook, block_input, block_output, grouped_by_head, run_blocks, unrotated_keys
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import Forward
@@ -23,6 +22,7 @@ from sinklens.hooks import Hooks
 from sinklens.places import Place, Places
 from sinklens.proof import capabilities
 from sinklens.selection import Layers, select
+from sinklens.sink_edit import same_vector
 from sinklens.tokens import Tokens, as_tokens, load_tokens
 
 SITES = ("resid_pre", "resid_post", "k", "v", "mlp_out", "attn_out")

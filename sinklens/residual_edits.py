@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.ablate import same_vector
 from sinklens.attention import block_input, collect
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
@@ -27,6 +26,7 @@ from sinklens.proof import capabilities
 from sinklens.reference import reference_places
 from sinklens.residuals import typical_mean
 from sinklens.selection import Layers, select
+from sinklens.sink_edit import same_vector
 from sinklens.tokens import Tokens
 
 RESIDUAL_MODES = ("massive_zero", "massive_mean", "project", "rescale")
