@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
+    from sinklens.flash_backend import Flash, flash
+    from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
@@ -45,10 +47,12 @@ __version__ = "0.1.0"
 # Where each public name lives. Loaded at first use: importing the host takes seconds, importing sinklens must not.
 _HOMES = {
     "Anatomy": "anatomy",
+    "AttentionStatistics": "head_statistics",
     "BadInputError": "errors",
     "BosVariants": "variants",
     "Capabilities": "proof",
     "Experiment": "outcome",
+    "Flash": "flash_backend",
     "Hooks": "hooks",
     "Sink": "sinkmap",
     "SinkMap": "sinkmap",
@@ -64,11 +68,13 @@ _HOMES = {
     "ablate_sinks": "ablate",
     "attention_grid": "views",
     "attention_map": "views",
+    "attention_statistics": "head_statistics",
     "bos_variants": "variants",
     "capabilities": "proof",
     "compare_contexts": "contexts",
     "compare_methods": "sinks",
     "find_sinks": "sinks",
+    "flash": "flash_backend",
     "load_model": "models",
     "load_tokens": "tokens",
     "patch_bos": "bos",
@@ -86,10 +92,12 @@ _HOMES = {
 
 __all__ = [
     "Anatomy",
+    "AttentionStatistics",
     "BadInputError",
     "BosVariants",
     "Capabilities",
     "Experiment",
+    "Flash",
     "Hooks",
     "Sink",
     "SinkMap",
@@ -105,11 +113,13 @@ __all__ = [
     "ablate_sinks",
     "attention_grid",
     "attention_map",
+    "attention_statistics",
     "bos_variants",
     "capabilities",
     "compare_contexts",
     "compare_methods",
     "find_sinks",
+    "flash",
     "load_model",
     "load_tokens",
     "patch_bos",

@@ -75,7 +75,8 @@ def ablate_sinks(
         target: for ``move``, a position.
         reference: where the means come from; default: the other documents of the SinkMap, else 16 of python-docs.
         allow_identity: run an edit whose source equals its target instead of refusing it.
-        backend: "hooks" or "auto".
+        backend: "auto": hooks that edit the pattern in plain forwards and work inside :func:`sinklens.flash` too;
+            "hooks" and "flash" refuse the other.
         progress: show a bar while the reference is read.
 
     Raises:
@@ -87,11 +88,9 @@ def ablate_sinks(
     Cost: a few pattern-sized temporaries in each edited layer; for the modes with a mean one forward per reference
     sequence when the hooks are built. Source: docs/definitions.md, section 3.
     """
-    if backend not in ("auto", "hooks"):
-        raise BadInputError(f"backend must be 'auto' or 'hooks', got {backend!r}")
     options = Ablation(mode, to, neutral, value, g, target, allow_identity)
     places = find_places(sinks)
-    _check(options, places, model)
+    _check(options, places, model, backend)
     chosen = select(capabilities(model), places, layers, heads)
     found = None
     if options.needs:
@@ -106,7 +105,7 @@ def ablate_sinks(
 
     name = f"{mode}({g:g})" if mode == "scale" and g is not None else mode
     forward = Forward(model, places.tokens)
-    hooks = Hooks((), name=name, build=build, places=places, layers=chosen.layers)
+    hooks = Hooks((), name=name, build=build, places=places, layers=chosen.layers, backend=backend)
     edit = SinkEdit(model, options, places, chosen, found, forward, hooks)
     if not (mode == "scale" and g == 1):
         hooks.extend(
@@ -118,12 +117,13 @@ def ablate_sinks(
                 values=options.replaces_value,
                 keys=mode == "fixed_key",
                 bias=options.writes_bias,
+                backend=backend,
             )
         )
     return hooks
 
 
-def _check(options: Ablation, places: Places, model: TransformerBridge) -> None:
+def _check(options: Ablation, places: Places, model: TransformerBridge, backend: str) -> None:
     facts = capabilities(model)
     mode = options.mode
     for name, given, known in (
@@ -152,7 +152,7 @@ def _check(options: Ablation, places: Places, model: TransformerBridge) -> None:
         raise BadInputError(f"{facts.model} has no learned sink; name positions instead")
     if places.learned and (mode in WITHOUT_LEARNED or options.replaces_value):
         raise BadInputError(f"the learned sink is a logit without key or value, so {mode!r} has no meaning for it")
-    refuse_unless_editable(model, values=options.replaces_value or options.writes_bias)
+    refuse_unless_editable(model, backend, values=options.replaces_value or options.writes_bias)
 
 
 def _check_counterparts(mode: str, places: Places, found: Reference, layers: Sequence[int]) -> None:

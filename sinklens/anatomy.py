@@ -43,7 +43,6 @@ from sinklens.attention import (
     block_input,
     by_head,
     output_weights,
-    run_blocks,
     scored_points,
     value_bias,
 )
@@ -53,6 +52,7 @@ from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.proof import Capabilities, capabilities, same_model
 from sinklens.residuals import typical_mean
 from sinklens.results import atomic_path
+from sinklens.running import run_blocks
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.tokens import Tokens
 

@@ -6,14 +6,13 @@ one. Everything here is stated in unshifted indices of the batch; positions are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from sinklens.errors import UnsupportedModelError
 
@@ -76,40 +75,10 @@ def learned_sink_logits(model: TransformerBridge, layer: int) -> Tensor | None:
     return sinks if isinstance(sinks, Tensor) else None
 
 
-def run_blocks(
-    model: TransformerBridge,
-    ids: Int[Tensor, "batch pos"],
-    hooks: Sequence[tuple[str, Any]],
-    *,
-    mask: Bool[Tensor, "batch pos"] | None = None,
-    until: str | None = None,
-) -> None:
-    """Run the model with hooks, without gradients, as far as ``until`` (default: the last block's output).
-
-    The unembedding, which may cost more than all blocks of a small model, is not run.
-    """
-
-    def stop(tensor: Tensor, hook: Any) -> None:
-        raise StopAtLayerException(tensor[:, :0])
-
-    ended = (until or block_output(model.cfg.n_layers - 1), stop)
-    with torch.no_grad():
-        model.run_with_hooks(ids, attention_mask=mask, return_type=None, fwd_hooks=[*hooks, ended])
-
-
-def collect(model: TransformerBridge, ids: Int[Tensor, "1 pos"], names: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors at the named hooks for one unpadded sequence; the forward ends at the last of them."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(tensor: Tensor, hook: Any) -> None:
-            kept[name] = tensor[0].detach()
-
-        return hook
-
-    past_blocks = [name for name in names if not name.startswith("blocks.")]
-    run_blocks(model, ids, [(name, keep(name)) for name in names], until=past_blocks[-1] if past_blocks else None)
-    return kept
+def either_backend(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a hook that need not fire under the flash backend, because what it does is done there in another way."""
+    hook.either_backend = True  # type: ignore[attr-defined]
+    return hook
 
 
 def allowed_keys(

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_input, block_output, grouped_by_head, run_blocks, unrotated_keys
+from sinklens.attention import attention_hook, block_input, block_output, grouped_by_head, unrotated_keys
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.places import Place, Places
 from sinklens.proof import capabilities
+from sinklens.running import run_blocks
 from sinklens.selection import Layers, select
 from sinklens.sink_edit import same_vector
 from sinklens.tokens import Tokens, as_tokens, load_tokens

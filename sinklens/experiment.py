@@ -15,11 +15,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.flash_backend import Flash, flash, hooked
+from sinklens.flash_scores import choose_backend
 from sinklens.hooks import Hooks
 from sinklens.lives import activity as active_where
 from sinklens.metrics import METRICS, Metric, token_metrics
 from sinklens.models import has_trained_head, untrained_twin
 from sinklens.outcome import UNTRAINED, Experiment
+from sinklens.pattern_edit import delegates
 from sinklens.plan import Plan, Planned, check_controls
 from sinklens.proof import capabilities, same_model
 from sinklens.sinkmap import SinkMap, assemble
@@ -44,6 +47,7 @@ def run_experiment(
     most_scored: int | None = None,
     seed: int = 0,
     resume: str | Path | None = None,
+    backend: str = "auto",
     progress: bool | None = None,
 ) -> Experiment:
     """Run base, interventions and controls on the same sequences, and keep every token's metrics.
@@ -63,6 +67,8 @@ def run_experiment(
             effects are measured on the other.
         most_scored: score at most so many predictions per sequence, drawn at random, the same in every run.
         seed: of draws: controls, split, scored positions, the twin.
+        backend: "flash" runs attention in blocks of query rows, in O(T) memory; "hooks" lets the host do it; "auto"
+            takes flash where the model's proof and all hooks allow it. ``info["backend"]`` says which ran.
         resume: a folder; every finished sequence is kept there, and a second call goes on where the first ended.
         progress: show a bar.
 
@@ -93,16 +99,17 @@ def run_experiment(
     chosen_metrics = _metrics(metrics)
     found = _found(model, test, sinks, progress)
     plan = Plan(test, found, named, controls, seed, most_scored)
-    store = Store(resume, plan, list(chosen_metrics), twin)
+    way = _backend(model, plan, backend)
+    store = Store(resume, plan, list(chosen_metrics), twin, way)
     shadow = untrained_twin(model, seed) if twin else None
     shadows = [] if shadow is None else [_on_twin(run, shadow) for run in plan.runs if not run.control]
     todo = [b for b in range(len(test)) if not store.has(b)]
     total = len(todo) * (len(plan.runs) + len(shadows))
     with progress_bar("experiment", total, progress) as advance:
         for b in todo:
-            values, side = _measure(model, plan, b, plan.runs, chosen_metrics, advance)
+            values, side = _measure(model, plan, b, plan.runs, chosen_metrics, way, advance)
             if shadow is not None:
-                more, more_side = _measure(shadow, plan, b, shadows, chosen_metrics, advance)
+                more, more_side = _measure(shadow, plan, b, shadows, chosen_metrics, way, advance)
                 values, side = torch.cat([values, more]), side + more_side
             store.keep(b, values, side)
     return store.collect(discovery if split else None)
@@ -145,6 +152,26 @@ def _metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
     return found
 
 
+def _backend(model: TransformerBridge, plan: Plan, backend: str) -> str:
+    """The backend that runs all of a plan: flash, unless some hooks would not fire there."""
+    bound = {getattr(run.hooks, "backend", "auto") for run in plan.runs} - {"auto"}
+    if bound - {backend} and backend != "auto" or len(bound) > 1:
+        raise BadInputError(f"these hooks were built with backend={' and '.join(sorted(bound))}, not {backend!r}")
+    way = choose_backend(model, bound.pop() if bound else backend)
+    if way == "hooks":
+        return way
+    for run in plan.runs:
+        with model.hooks(fwd_hooks=list(run.hooks)):
+            deaf = Flash(model).deaf()
+        if deaf and backend == "flash":
+            raise UnsupportedModelError(
+                f"{run.label!r} hooks {deaf[0]}, which cannot fire under the flash backend; use backend='hooks'"
+            )
+        if deaf:
+            return "hooks"
+    return way
+
+
 def _halves(batch: Tokens, seed: int) -> tuple[Tokens, Tokens]:
     """Discovery and test: documents split at random."""
     documents = list(dict.fromkeys(batch.documents))
@@ -168,6 +195,7 @@ def _measure(
     b: int,
     runs: Sequence[Planned],
     metrics: dict[str, Metric],
+    way: str,
     advance: Callable[[], None],
 ) -> tuple[Float[Tensor, "run metric pos"], list[dict[str, Any]]]:
     """Every run on one sequence: metrics of the scored tokens, side effects."""
@@ -187,8 +215,12 @@ def _measure(
         edited = torch.zeros(capabilities(model).n_layers, length, dtype=torch.bool)
         for place in run.places[b]:
             edited[sorted(place.layers) if place.layers is not None else slice(None), place.position] = True
-        watch = Watch(model, length, edited, sinks)
-        logits = scored_logits(model, one.ids, scored, [*watch.before(), *run.hooks, *watch.after()])
+        watch = Watch(model, length, edited, sinks, blind=way == "hooks" and delegates(model))
+        first, last = watch.hooks()
+        with flash(model) if way == "flash" else hooked(model) as state:
+            if state is not None:
+                state.watch = watch
+            logits = scored_logits(model, one.ids, scored, [*first, *run.hooks, *last])
         base = logits if base is None else base
         for m, metric in enumerate(metrics.values()):
             values[r, m, scored] = token_metrics(metric, logits, base, targets).float()

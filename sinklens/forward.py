@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook
+from sinklens.attention import attention_hook, either_backend
 from sinklens.errors import BadInputError, SinklensError
+from sinklens.flash_backend import Armed, running
 from sinklens.proof import capabilities
 from sinklens.tokens import Tokens
 
@@ -42,13 +44,27 @@ class Forward:
         self._starts: Int[Tensor, " batch"] | None = None
         self._visited: set[str] = set()
         self._known = [] if tokens is None else [tokens.row(i).cpu() for i in range(len(tokens))]
+        self._shown = False
+        self._model = ref(model)
         facts = capabilities(model)
         self._logits = facts.scores_are_logits
         self._first = attention_hook(0, "hook_attn_scores" if self._logits else "hook_pattern")
 
     def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
         """The reading hooks; they change nothing and belong before the edits that use this object."""
-        return [(EMBED, self._begin), (self._first, self._see_padding)]
+
+        first_input = attention_hook(0, "hook_in")
+
+        def see_padding(scores: Tensor, hook: Any) -> None:
+            self._see_padding(scores)
+
+        def listen(_: Tensor, hook: Any) -> None:
+            model = self._model()
+            state = None if model is None else running(model)
+            if model is not None and state is not None:
+                state.arm(0, Armed(self, model.hook_dict[first_input], listen))
+
+        return [(EMBED, self._begin), (first_input, listen), (self._first, either_backend(see_padding))]
 
     @property
     def columns(self) -> int:
@@ -99,6 +115,7 @@ class Forward:
     def _begin(self, ids: Tensor, hook: Any) -> None:
         goes_on = self.ids is not None and ids.shape == (self.ids.shape[0], 1) and self.ids.shape[1] > 1
         self._visited.clear()
+        self._shown = False
         if goes_on and self.ids is not None:
             self.past = self.ids.shape[1]
             self.ids = torch.cat([self.ids, ids], 1)
@@ -132,9 +149,21 @@ class Forward:
             )
         return None, 0
 
-    def _see_padding(self, scores: Tensor, hook: Any) -> None:
+    def _see_padding(self, scores: Tensor) -> None:
         """Layer 0's attention shows which columns are real: every real one sees itself, no one sees padding."""
-        queries, keys = scores.shape[-2:]
+        if self._shown:  # a delegating host shows its pattern afterwards
+            return
+        shown = scores[:, 0] > torch.finfo(scores.dtype).min / 2 if self._logits else scores[:, 0] > 0
+        self.see(shown.any(1), scores.shape[-2], scores.shape[-1])
+
+    def see(self, real: Bool[Tensor, "batch key"], queries: int, keys: int) -> None:
+        """Learn in layer 0 which of its keys are real.
+
+        Raises:
+            BadInputError: a cache that edits cannot follow, left padding that an earlier edit could not know of, a
+                known sequence that does not begin where it should.
+        """
+        self._shown = True
         if queries < keys or (self.past and queries == 1):
             if not self.past or queries != 1 or keys > self.columns:
                 raise BadInputError(
@@ -144,8 +173,7 @@ class Forward:
             if keys == 1:
                 raise BadInputError("a forward of one token has nothing to attend to; give at least 2 tokens")
             return
-        shown = scores[:, 0] > torch.finfo(scores.dtype).min / 2 if self._logits else scores[:, 0] > 0
-        self.mask = shown.any(1)
+        self.mask = real
         starts = self.mask.int().argmax(1)
         if self._starts is None:
             if (starts > 0).any() and self._visited:

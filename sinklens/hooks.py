@@ -23,6 +23,7 @@ class Hooks(list[Any]):
         name: what the edit is, in words.
         places: where it acts; None where an edit has no positions (another softmax, a window).
         layers: the layers in which it may act.
+        backend: the one that the edit is bound to; "auto" for either.
         residual: whether it edits the residual stream or a component's output instead of attention.
         notes: what the reader of a result should know; edits add to it while they run.
     """
@@ -36,12 +37,14 @@ class Hooks(list[Any]):
         places: Places | None = None,
         layers: Sequence[int] = (),
         residual: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__(items)
         self.name = name
         self.places = places
         self.layers = tuple(layers)
         self.residual = residual
+        self.backend = backend
         self.notes: list[str] = []
         self._build = build
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinklens.attention import allowed_keys, row_blocks
+from sinklens.kernels import Block
 
 FAR = 16  # queries closer than this are local attention, not a sink's
 MIN_FAR_QUERIES = 32  # fewer say nothing: NaN, never 0
@@ -44,16 +45,68 @@ def _far(mask: Bool[Tensor, "batch key"], rows: slice) -> Bool[Tensor, "query ke
 
 
 def visibility(mask: Bool[Tensor, "batch key"], *, causal: bool, window: int | None) -> Visibility:
-    """Denominators of alpha and beta, and beta under uniform attention over the allowed keys."""
-    queries = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-    far_queries, uniform = queries.clone(), queries.clone()
-    for rows in row_blocks(mask.shape[1]):
-        allowed = allowed_keys(mask, rows, causal=causal, window=window).double()
-        far = allowed * _far(mask, rows)
-        queries += allowed.sum(1)
-        far_queries += far.sum(1)
-        uniform += (far / allowed.sum(-1, keepdim=True).clamp(min=1)).sum(1)
+    """Denominators of alpha and beta, and beta under uniform attention over the allowed keys.
+
+    Cost: O(T); the keys that a query may see are a range, so counts are differences of running sums.
+    """
+    length = mask.shape[1]
+    real = mask.double()
+    index = torch.arange(length, device=mask.device)
+    reach = length if window is None else window
+    before, after = (index - reach + 1).clamp(min=0), (index + reach).clamp(max=length)
+    keys = _between(real, before, index + 1 if causal else after)  # how many each query sees
+    share = real / keys.clamp(min=1)
+    near = index if causal else before
+    queries = _between(real, near, after)
+    later, earlier = (index + FAR).clamp(max=length), (index - FAR + 1).clamp(min=0)
+    far_queries, uniform = _between(real, later, after), _between(share, later, after)
+    if not causal:
+        far_queries = far_queries + _between(real, before, earlier)
+        uniform = uniform + _between(share, before, earlier)
+    queries, far_queries = queries * real, far_queries * real
     return Visibility(queries, far_queries, _defined(uniform / far_queries, far_queries).float())
+
+
+def _between(
+    values: Float[Tensor, "batch key"], low: Int[Tensor, " key"], high: Int[Tensor, " key"]
+) -> Float[Tensor, "batch key"]:
+    """Sums of ``values[low:high]``; 0 where the range is empty."""
+    total = torch.nn.functional.pad(values.cumsum(1), (1, 0))
+    return total[:, torch.maximum(low, high)] - total[:, low]
+
+
+class ColumnSums:
+    """Sums of attention over query rows, all and far ones, added up block by block.
+
+    Attributes:
+        near_and_far, far: [kv, group, key], kv counting (sequence, KV head).
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.near_and_far = torch.zeros(shape, dtype=dtype, device=device)
+        self.far = self.near_and_far.clone()
+
+    def add(self, chunk: slice, block: Block, pattern: Float[Tensor, "kv group row key"]) -> None:
+        """Add a block of query rows."""
+        sums = pattern.sum(2)
+        self.near_and_far[chunk, :, block.keys] += sums
+        width = sums.shape[-1]
+        certain = min(max(block.queries.start - FAR + 1 - block.low, 0), width)
+        far = self.far[chunk, :, block.keys]
+        far[..., :certain] += sums[..., :certain]
+        if certain < width:
+            queries = torch.arange(block.queries.start, block.queries.stop, device=pattern.device)
+            keys = torch.arange(block.low + certain, block.high, device=pattern.device)
+            distant = ((queries[:, None] - keys).abs() >= FAR).to(pattern)
+            far[..., certain:] += (pattern[..., certain:] * distant).sum(2)
+
+    def means(self, seen_by: Visibility) -> tuple[Float[Tensor, "batch head key"], Float[Tensor, "batch head key"]]:
+        """Alpha and beta."""
+        batch, length = seen_by.queries.shape
+        total, far = (t.view(batch, -1, length) for t in (self.near_and_far, self.far))
+        alpha = total / seen_by.queries[:, None].clamp(min=1).to(total)
+        beta = far / seen_by.far_queries[:, None].to(far)
+        return alpha.float(), _defined(beta, seen_by.far_queries[:, None]).float()
 
 
 def column_means(

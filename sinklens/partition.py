@@ -135,6 +135,25 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a mode's pair depends on, without a pattern: the flash backend has no more.
+
+    Attributes:
+        lse_sinks, lse_rest: of S and of R.
+        shared: ``1 - P_F``.
+    """
+
+    lse_sinks: Float[Tensor, "batch head query"]
+    lse_rest: Float[Tensor, "batch head query"]
+    shared: Float[Tensor, "batch head query"]
+
+    @property
+    def margin(self) -> Float[Tensor, "batch head query"]:
+        """``m = lse_S - lse_R``; only to be read in editable rows."""
+        return self.lse_sinks - self.lse_rest
+
+
+@dataclass(frozen=True)
 class Pair:
     """What a mode does to a row: the weight of each part, None where the kernel's own elements stay.
 
@@ -150,7 +169,7 @@ class Pair:
 
 def pair(
     mode: str,
-    part: Partition,
+    part: Partition | Parts,
     *,
     g: float | None = None,
     margin: Float[Tensor, "batch head query"] | None = None,

@@ -1,12 +1,14 @@
-"""Editing a layer's attention through hooks: the pattern, and z where values change.
+"""Editing a layer's attention as a list of hooks: the pattern, and z where values change.
 
-Works where the host reimplements attention: there ``hook_pattern`` is what the values are multiplied with. Where it
-delegates (OPT, BERT), the pattern is only read off afterwards, and an edit would be lost: those models are refused.
+Where the host reimplements attention, ``hook_pattern`` is what the values are multiplied with, and is edited there.
+Where it delegates (OPT, BERT), the pattern is only read off afterwards: a hook at the attention's input arms the edit,
+and the function registered in :mod:`sinklens.flash_backend` consumes it in the same call. Under flash all do that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +16,34 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, grouped_by_head, scored_points, value_bias
-from sinklens.errors import UnsupportedModelError
+from sinklens.attention import attention_hook, either_backend, grouped_by_head, scored_points, value_bias
+from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
+from sinklens.flash_backend import Armed, once, running, unsupported
 from sinklens.forward import Forward
+from sinklens.kernels import View
 from sinklens.proof import capabilities
 
-Edit = Callable[[int, "Seen"], Tensor]
+BACKENDS = ("auto", "hooks", "flash")
+
+
+class PatternEdit:
+    """An edit of attention: called with what a layer computed, for all queries or for a block of them.
+
+    ``begin`` and ``finish`` stand around each layer of each forward.
+    """
+
+    def __init__(self, function: Callable[[int, Seen], Tensor]) -> None:
+        self._function = function
+
+    def begin(self, layer: int) -> None:
+        """A layer's attention begins."""
+
+    def __call__(self, layer: int, seen: Seen) -> Tensor:
+        """The new pattern; what z gains is left in ``seen``."""
+        return self._function(layer, seen)
+
+    def finish(self, layer: int) -> None:
+        """A layer's attention is complete."""
 
 
 class Seen:
@@ -29,6 +53,8 @@ class Seen:
         scores: before the softmax, in float32 at least; masked entries hold the dtype's minimum.
         pattern: the kernel's softmax.
         allowed: which keys each query may see: [batch, 1, query, key].
+        scale, softcap: of the scores, where they are known here.
+        rows, keys: the queries and the keys as columns of the forward; every key that a query may see is among them.
         queries: as they are scored: [batch, head, query, d_head]; only where asked for.
         extra: to be added to z: [batch, head, query, d_head].
         bias: the coefficient of b_V to be added to z: [batch, head, query].
@@ -41,6 +67,9 @@ class Seen:
         self.pattern: Float[Tensor, "batch head query key"]
         self.allowed: Bool[Tensor, "batch 1 query key"]
         self.queries: Float[Tensor, "batch head query d_head"]
+        self.rows = self.keys = slice(0)
+        self.scale: float | None = None
+        self.softcap: float | None = None
         self.extra: Float[Tensor, "batch head query d_head"] | None = None
         self.bias: Float[Tensor, "batch head query"] | None = None
         self._current: dict[str, Float[Tensor, "batch pos kv_head d_head"]] = {}
@@ -60,7 +89,7 @@ class Seen:
                 kept[column] = self._current[what][:, column - past].clone()
         return torch.stack([kept[column] for column in columns], 1)
 
-    def open(self, pattern: Tensor) -> None:
+    def open(self, pattern: Tensor, forward: Forward) -> None:
         """Take the pattern: the scores are complete now."""
         if self.raw_scores is None:
             raise UnsupportedModelError("hook_pattern fired without hook_attn_scores; this host cannot be edited")
@@ -68,6 +97,10 @@ class Seen:
         self.allowed = raw[:, :1] > torch.finfo(raw.dtype).min / 2
         self.scores = raw.to(torch.promote_types(raw.dtype, torch.float32))
         self.pattern, self.raw_scores, self.extra, self.bias = pattern, None, None, None
+        self.rows = slice(forward.past, forward.columns)
+        self.keys = slice(
+            forward.columns - pattern.shape[-1], forward.columns
+        )  # a sliding KV cache holds the last ones
 
     def close(self) -> None:
         """Let the layer's tensors go."""
@@ -77,15 +110,38 @@ class Seen:
             self.__dict__.pop(name, None)
 
 
-def refuse_unless_editable(model: TransformerBridge, *, values: bool) -> None:
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """An edit with the forward that it follows, as the registered attention function takes it."""
+
+    edit: PatternEdit
+    forward: Forward
+    name: str
+    bias: Float[Tensor, "head d_head"] | None
+
+
+def delegates(model: TransformerBridge) -> bool:
+    """Whether the host's attention cannot be edited by hooks, so that edits go through the registered function."""
+    facts = capabilities(model)
+    return not facts.pattern_edit or not facts.scores_are_logits
+
+
+def refuse_unless_editable(model: TransformerBridge, backend: str = "auto", *, values: bool) -> None:
     """Raise UnsupportedModelError where an edit of the pattern, or of z, would change nothing."""
     facts = capabilities(model)
-    if not facts.pattern_edit or not facts.scores_are_logits:
+    if backend not in BACKENDS:
+        raise BadInputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = unsupported(model) if backend == "flash" or delegates(model) else ""
+    if reason and backend == "flash":
+        raise UnsupportedModelError(f"{facts.model}: the flash backend cannot run it: {reason}")
+    if reason:
         raise UnsupportedModelError(
             f"{facts.model} ({facts.architecture}): this host delegates attention and only reads the pattern off "
-            f"afterwards, so an edit of it would silently change nothing. Edits of the residual stream work on it "
-            f"(ablate_residual; patch_bos at resid_pre, resid_post, mlp_out, attn_out)"
+            f"afterwards, so an edit of it would silently change nothing, and {reason}. Edits of the residual stream "
+            f"work on it (ablate_residual; patch_bos at resid_pre, resid_post, mlp_out, attn_out)"
         )
+    if delegates(model):
+        return
     if values and not (facts.z_edit and facts.z_is_pattern_v):
         raise UnsupportedModelError(
             f"{facts.model} ({facts.architecture}): hook_z is not pattern @ v here (a gate?), so values cannot be "
@@ -96,12 +152,13 @@ def refuse_unless_editable(model: TransformerBridge, *, values: bool) -> None:
 def edit_hooks(
     model: TransformerBridge,
     forward: Forward,
-    edit: Edit,
+    edit: PatternEdit,
     layers: Sequence[int],
     *,
     values: bool = False,
     keys: bool = False,
     bias: bool = False,
+    backend: str = "auto",
 ) -> list[tuple[str, Any]]:
     """The hooks that run an edit in the given layers.
 
@@ -112,17 +169,50 @@ def edit_hooks(
         layers: where.
         values, keys: whether the edit asks for the sinks' values; for queries and keys as they are scored.
         bias: whether it leaves a coefficient of b_V.
+        backend: "hooks" and "flash" refuse the other; "auto" follows the forward.
     """
     hooks: list[tuple[str, Any]] = list(forward.hooks())
     for layer in layers:
+        name = attention_hook(layer, "hook_in")
+        b_v = value_bias(model, layer, capabilities(model).n_heads) if bias else None
+        hooks.append((name, _arming(model, layer, Attached(edit, forward, name, b_v), backend)))
+        if delegates(model):
+            continue
         hooks += _layer_hooks(model, forward, edit, layer, values=values, keys=keys, bias=bias)
     return hooks
+
+
+def _arming(model: TransformerBridge, layer: int, attached: Attached, backend: str) -> Callable[..., None]:
+    """The hook at a layer's attention input that hands the edit to the registered function, where that runs."""
+    point = model.hook_dict[attached.name]
+
+    def arm(_: Tensor, hook: Any) -> None:
+        state = running(model)
+        armed = Armed(attached, point, arm)
+        if state is not None and backend == "hooks":
+            raise SinklensError("these hooks were built with backend='hooks'; run them outside sinklens.flash(model)")
+        if state is not None:
+            state.arm(layer, armed)
+        elif delegates(model):
+            once(model.blocks[layer].attn.original_component, armed, dense, layer)
+        elif backend == "flash":
+            raise SinklensError(
+                "these hooks were built with backend='flash'; run them inside 'with sinklens.flash(model):', or build "
+                "them with backend='auto', which works in both"
+            )
+
+    def dense(edits: list[Any], layer: int, q: Tensor, k: Tensor, v: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        from sinklens.flash_edit import dense_attention
+
+        return dense_attention(model, edits, layer, q, k, v, view)
+
+    return arm
 
 
 def _layer_hooks(
     model: TransformerBridge,
     forward: Forward,
-    edit: Edit,
+    edit: PatternEdit,
     layer: int,
     *,
     values: bool,
@@ -136,27 +226,34 @@ def _layer_hooks(
     b_v = value_bias(model, layer, facts.n_heads) if bias else None
 
     def keep_values(tensor: Tensor, hook: Any) -> None:
-        by_head = grouped_by_head(tensor, facts.n_kv_heads, facts.heads_first)
-        seen.keep("value", by_head, not forward.past)
+        if running(model) is None:
+            by_head = grouped_by_head(tensor, facts.n_kv_heads, facts.heads_first)
+            seen.keep("value", by_head, not forward.past)
 
     def keep_queries(tensor: Tensor, hook: Any) -> None:
-        seen.queries = grouped_by_head(tensor, facts.n_heads, heads_first).transpose(1, 2).detach()
+        if running(model) is None:
+            seen.queries = grouped_by_head(tensor, facts.n_heads, heads_first).transpose(1, 2).detach()
 
     def keep_keys(tensor: Tensor, hook: Any) -> None:
-        seen.keep("key", grouped_by_head(tensor, facts.n_kv_heads, heads_first), not forward.past)
+        if running(model) is None:
+            seen.keep("key", grouped_by_head(tensor, facts.n_kv_heads, heads_first), not forward.past)
 
     def keep_scores(tensor: Tensor, hook: Any) -> None:
         seen.raw_scores = tensor.detach() if not tensor.requires_grad else tensor
 
     def edit_pattern(tensor: Tensor, hook: Any) -> Tensor:
         forward.visit(hook.name)
-        seen.open(tensor)
+        seen.open(tensor, forward)
+        edit.begin(layer)
         new = edit(layer, seen)
+        edit.finish(layer)
         if seen.extra is None and seen.bias is None:
             seen.close()
         return new
 
-    def edit_z(tensor: Tensor, hook: Any) -> Tensor:
+    def edit_z(tensor: Tensor, hook: Any) -> Tensor | None:
+        if running(model) is not None:
+            return None
         added = seen.extra
         if seen.bias is not None and b_v is not None:
             written = seen.bias[..., None] * b_v[:, None].to(seen.bias)
@@ -175,4 +272,4 @@ def _layer_hooks(
     ]
     if values or b_v is not None:
         hooks.append((attention_hook(layer, "hook_z"), edit_z))
-    return hooks
+    return [(name, either_backend(hook)) for name, hook in hooks]

@@ -102,17 +102,16 @@ class Places:
         return marked
 
     def sinks(
-        self, forward: Forward, layer: int, allowed: Bool[Tensor, "batch query key"]
+        self, forward: Forward, layer: int, allowed: Bool[Tensor, "batch query key"], queries: slice, keys: slice
     ) -> Bool[Tensor, "batch #query key"]:
-        """S for every query of this call: the columns to edit, or their recent stand-ins.
+        """S for some queries and keys, given as columns of the forward: the columns to edit, or their recent stand-ins.
 
-        ``allowed`` covers the last columns of the forward (a sliding KV cache holds no others).
+        ``allowed`` must cover every key that the queries see.
         """
         columns = self.columns(forward, layer)
-        first = forward.columns - allowed.shape[-1]
         if self.recent:
-            return self._recent(forward, columns, allowed)[..., first:]
-        return columns[:, None, first:]
+            return self._recent(forward, columns, allowed, queries, keys)
+        return columns[:, None, keys]
 
     def apart(self, forward: Forward) -> Bool[Tensor, "batch column"]:
         """Every sink that is known in these sequences."""
@@ -153,19 +152,24 @@ class Places:
         return chosen
 
     def _recent(
-        self, forward: Forward, columns: Bool[Tensor, "batch column"], allowed: Bool[Tensor, "batch query key"]
-    ) -> Bool[Tensor, "batch query column"]:
+        self,
+        forward: Forward,
+        columns: Bool[Tensor, "batch column"],
+        allowed: Bool[Tensor, "batch query key"],
+        queries: slice,
+        keys: slice,
+    ) -> Bool[Tensor, "batch query key"]:
         """The n latest tokens before each query that are no sink; n: how many of ``columns`` the query may see."""
         ordinary = ~(columns | self.apart(forward))
         if forward.mask is not None:
             ordinary &= forward.mask
         counted = ordinary.long().cumsum(1)
         index = torch.arange(forward.columns, device=columns.device)
-        queries = index[forward.past :]
-        wanted = (columns[:, None, forward.columns - allowed.shape[-1] :] & allowed).sum(-1)
+        wanted = (columns[:, None, keys] & allowed).sum(-1)
         before = (counted - ordinary.long())[:, queries]  # ordinary tokens strictly before each query
-        rank = before[:, :, None] - counted[:, None, :]
-        return ordinary[:, None] & (index < queries[:, None]) & (rank < wanted[:, :, None])
+        rank = before[:, :, None] - counted[:, None, keys]
+        earlier = index[keys] < index[queries, None]
+        return ordinary[:, None, keys] & earlier & (rank < wanted[:, :, None])
 
 
 Sinks = SinkMap | Places | Sequence[int | str] | int | str | Predicate

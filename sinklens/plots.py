@@ -10,6 +10,7 @@ import torch
 from sinklens.errors import BadInputError
 
 if TYPE_CHECKING:
+    from sinklens.head_statistics import AttentionStatistics
     from sinklens.scores import SinkScores
 
 SCALE = "Cividis"  # one colour scale for attention everywhere: perceptually uniform, safe for colour-blind readers
@@ -128,3 +129,35 @@ def layer_profile(scores: SinkScores, position: int = 0, epsilon: float = 0.3) -
 def escape_hover(text: str) -> str:
     """Text as plotly may show it: its labels read a subset of HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def statistics_map(statistics: AttentionStatistics) -> go.Figure:
+    """Layer x head heat map of the mean mass of S over queries and sequences."""
+    table = statistics.to_dataframe()
+    shape = statistics.mass.shape[:3]
+    layers, heads = shape[1:]
+    columns = [torch.tensor(table[name].tolist()).view(shape).nanmean(0) for name in ("mass", "margin", "free_margin")]
+    numbers = torch.stack(columns, -1)
+    figure = go.Figure(
+        go.Heatmap(
+            z=numbers[..., 0].tolist(),
+            customdata=numbers.tolist(),
+            colorscale=SCALE,
+            zmin=0,
+            zmax=1,
+            colorbar={"title": "mean mass", "outlinewidth": 0},
+            xgap=1,
+            ygap=1,
+            hovertemplate=(
+                "layer %{y}, head %{x}<br>mass of the sinks %{customdata[0]:.3f}<br>"
+                "margin %{customdata[1]:.2f} nats<br>"
+                "competitor-free margin %{customdata[2]:.2f} nats<extra></extra>"
+            ),
+        )
+    )
+    figure.update_xaxes(title="head", dtick=1 if heads <= 16 else None, showgrid=False)
+    figure.update_yaxes(title="layer", showgrid=False, dtick=5 if layers > 12 else 1)
+    title = (
+        "Attention mass of the sinks, per head<br><sup>mean over the queries that see a sink and something else</sup>"
+    )
+    return themed(figure, title, height=max(320, 130 + 17 * layers), width=max(420, 200 + 34 * heads))

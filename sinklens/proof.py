@@ -184,7 +184,7 @@ def _refuse_other_modalities(model: TransformerBridge) -> None:
             f"encoders with one stack"
         )
     lacking = [
-        layer for layer in range(model.cfg.n_layers) if not _has_hook(model, attention_hook(layer, "hook_pattern"))
+        layer for layer in range(model.cfg.n_layers) if not has_hook(model, attention_hook(layer, "hook_pattern"))
     ]
     if lacking:
         raise UnsupportedModelError(
@@ -193,7 +193,8 @@ def _refuse_other_modalities(model: TransformerBridge) -> None:
         )
 
 
-def _has_hook(model: TransformerBridge, name: str) -> bool:
+def has_hook(model: TransformerBridge, name: str) -> bool:
+    """Whether a hook can be set at a point (some need a switch of the host first)."""
     try:
         with model.hooks(fwd_hooks=[(name, lambda _, hook: None)]):
             return True
@@ -221,7 +222,7 @@ def _observe(model: TransformerBridge, ids: Tensor) -> tuple[dict[str, Tensor], 
     for layer in range(model.cfg.n_layers):
         names += [attention_hook(layer, "hook_attn_scores"), attention_hook(layer, "hook_pattern")]
         names.append(block_output(layer))
-    hooks: list[Any] = [(name, keep(name)) for name in dict.fromkeys(names) if _has_hook(model, name)]
+    hooks: list[Any] = [(name, keep(name)) for name in dict.fromkeys(names) if has_hook(model, name)]
     with torch.no_grad():
         model.run_with_hooks(ids, fwd_hooks=hooks, return_type=None)
     silent = [layer for layer in range(model.cfg.n_layers) if attention_hook(layer, "hook_pattern") not in seen]
@@ -339,7 +340,7 @@ def _edit_moves_output(model: TransformerBridge, ids: Tensor, seen: dict[str, Te
         (attention_hook(layer, point), edit),
         (block_output(layer), lambda t, hook: after.append(t.detach())),
     ]
-    if not _has_hook(model, attention_hook(layer, point)):
+    if not has_hook(model, attention_hook(layer, point)):
         return False
     stop = None if layer == model.cfg.n_layers - 1 else layer + 1
     with torch.no_grad(), warnings.catch_warnings():

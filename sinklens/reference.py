@@ -20,13 +20,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, run_blocks, unrotated_keys
+from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, unrotated_keys
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.flash_backend import hooked
 from sinklens.forward import Forward
 from sinklens.partition import Partition
 from sinklens.places import Places, find_places
 from sinklens.proof import Capabilities, capabilities
+from sinklens.running import run_blocks
 from sinklens.sinks import find_sinks
 from sinklens.tokens import Tokens, as_tokens, load_tokens
 
@@ -235,7 +237,10 @@ def _look(
                     key = None if keys is None else keys[c].clone()
                     found.records[layer].append(Record(group, document, values[c].clone(), key))
             if groups or found.places.learned:
-                sums, counts = _margins(model, found.places, groups, layer, seen["scores"], pattern)
+                scores = (
+                    seen["scores"] if facts.scores_are_logits else pattern.log()
+                )  # equal but for a constant per row
+                sums, counts = _margins(model, found.places, groups, layer, scores, pattern)
                 found.margins[layer].append((document, sums, counts))
             seen.clear()
 
@@ -303,7 +308,7 @@ def _rotate(
     if hooks:
         ids = torch.zeros(1, len(wanted), dtype=torch.long, device=model.cfg.device)
         positions = torch.tensor([[p for _, _, p in wanted]], device=model.cfg.device)
-        with torch.no_grad():
+        with torch.no_grad(), hooked(model):
             model.run_with_hooks(ids, position_ids=positions, fwd_hooks=hooks, return_type=None)
 
 

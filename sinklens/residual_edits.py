@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_input, collect
+from sinklens.attention import block_input
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.forward import Forward
@@ -25,6 +25,7 @@ from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import capabilities
 from sinklens.reference import reference_places
 from sinklens.residuals import typical_mean
+from sinklens.running import collect
 from sinklens.selection import Layers, select
 from sinklens.sink_edit import same_vector
 from sinklens.tokens import Tokens

@@ -20,10 +20,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_input, block_output, collect
+from sinklens.attention import block_input, block_output
 from sinklens.console import progress_bar
 from sinklens.lives import Thresholds
 from sinklens.proof import capabilities
+from sinklens.running import collect
 from sinklens.tokens import Tokens
 
 WONG_COSINE = 0.9

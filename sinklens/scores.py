@@ -14,12 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, run_blocks
+from sinklens.attention import attention_hook
 from sinklens.console import Advance, progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.flash_scores import choose_backend, flash_scores, only
 from sinklens.importance import by_position, column_means, never_far, visibility
+from sinklens.places import check_positions
 from sinklens.proof import Capabilities, capabilities
 from sinklens.results import load_tensors, save_tensors
+from sinklens.running import run_blocks
 from sinklens.statistics import interval
 from sinklens.tokens import Tokens, as_tokens
 
@@ -220,6 +223,7 @@ def sink_scores(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
+    positions: int | Sequence[int] | None = None,
     backend: str = "auto",
     progress: bool | None = None,
 ) -> SinkScores:
@@ -232,49 +236,69 @@ def sink_scores(
     Args:
         model: from :func:`sinklens.load_model`, or any raw TransformerBridge.
         tokens: a text, a list of texts, token ids, or Tokens.
-        backend: ``"hooks"`` reads ``hook_pattern``; ``"auto"`` chooses (today: hooks).
+        positions: only these; alpha and beta of all others are NaN (with ``"flash"`` the cheapest way there is).
+        backend: ``"flash"`` runs one blocked pass in O(T) memory (:func:`sinklens.flash`); ``"hooks"`` reads
+            ``hook_pattern``; ``"auto"`` takes flash where the model's proof allows it. ``info`` says which ran.
         progress: show a bar; default in terminals and notebooks.
 
-    Cost: one forward without the unembedding. Memory: one layer's pattern at a time, as in the plain forward, and
-    blocks of 128 query rows; sequences are taken in batches that keep a layer's patterns below 256 MB.
+    Cost: one forward without the unembedding. Memory: with flash O(T); with hooks one layer's pattern at a time, as in
+    the plain forward, and blocks of 128 query rows. Sequences are taken in batches that keep a layer's patterns (with
+    flash, what the pattern would be, shared by 8) below 256 MB.
 
     Raises:
         BadInputError: unusable input or backend.
         UnsupportedModelError: a layer attends outside what its configuration declares, or yields NaN.
     """
-    if backend not in ("auto", "hooks"):
-        raise BadInputError(f"backend must be 'auto' or 'hooks', got {backend!r}")
     batch = as_tokens(model, tokens)
     facts = capabilities(model)
-    groups = _groups(batch, facts)
+    way = choose_backend(model, backend)
+    wanted = _positions(positions, batch)
+    groups = _groups(batch, facts, way)
     with progress_bar("sink scores", len(groups) * facts.n_layers, progress) as advance:
-        parts = [_score_group(model, batch[rows].trim(), facts, advance) for rows in groups]
+        if way == "flash":
+            found = [flash_scores(model, batch[rows].trim(), wanted, advance) for rows in groups]
+        else:
+            found = [(*_score_group(model, batch[rows].trim(), facts, wanted, advance), {}) for rows in groups]
     longest = int(batch.lengths.max())
     alpha = torch.full((len(batch), facts.n_layers, facts.n_heads, longest), torch.nan)
     beta, uniform = alpha.clone(), alpha[:, :, 0].clone()
     rest = torch.zeros(len(batch), facts.n_layers, facts.n_heads)
-    for rows, (a, b, u, r) in zip(groups, parts, strict=True):
+    for rows, (a, b, u, r, _) in zip(groups, found, strict=True):
         alpha[rows, ..., : a.shape[-1]] = a
         beta[rows, ..., : b.shape[-1]] = b
         uniform[rows, ..., : u.shape[-1]] = u
         rest[rows] = r
+    info: dict[str, Any] = {"capabilities": asdict(facts), "dtype": str(model.cfg.dtype), "backend": way}
+    if way == "flash":
+        info["kernels"] = sorted({path for *_, paths in found for path in paths.values()})
     return SinkScores(
         alpha=alpha,
         beta=beta,
         uniform=uniform,
         learned_sink=rest if facts.learned_sinks else None,
         tokens=batch.to("cpu"),
-        info={"capabilities": asdict(facts), "dtype": str(model.cfg.dtype), "backend": "hooks"},
+        info=info,
     )
 
 
-def _groups(batch: Tokens, facts: Capabilities) -> list[list[int]]:
+def _positions(given: int | Sequence[int] | None, batch: Tokens) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    wanted = check_positions([given] if isinstance(given, int) else given)
+    longest = int(batch.lengths.max())
+    if not wanted or max(wanted) >= longest:
+        raise BadInputError(f"positions must lie between 0 and {longest - 1}, the last of the longest sequence")
+    return wanted
+
+
+def _groups(batch: Tokens, facts: Capabilities, way: str) -> list[list[int]]:
     """Sequences that run together: of similar length, a layer's patterns below the memory limit."""
+    limit = PATTERN_BYTES * (8 if way == "flash" else 1)
     order = batch.lengths.argsort(descending=True, stable=True).tolist()
     groups: list[list[int]] = []
     for row in order:
         longest = int(batch.lengths[groups[-1][0]]) if groups else 0
-        if groups and (len(groups[-1]) + 1) * facts.n_heads * longest**2 * 4 <= PATTERN_BYTES:
+        if groups and (len(groups[-1]) + 1) * facts.n_heads * longest**2 * 4 <= limit:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -282,7 +306,11 @@ def _groups(batch: Tokens, facts: Capabilities) -> list[list[int]]:
 
 
 def _score_group(
-    model: TransformerBridge, batch: Tokens, facts: Capabilities, advance: Advance
+    model: TransformerBridge,
+    batch: Tokens,
+    facts: Capabilities,
+    positions: tuple[int, ...] | None,
+    advance: Advance,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Alpha, beta, uniform and row rest of one group, by position, on the CPU."""
     seen_by = {w: visibility(batch.mask, causal=facts.causal, window=w) for w in set(facts.windows)}
@@ -304,8 +332,8 @@ def _score_group(
                 f"{facts.model}: layer {layer} gives exactly no attention to distant keys although its configuration "
                 f"declares no window; alpha would have a wrong denominator. Please report this architecture"
             )
-        alpha.append(by_position(found.alpha, batch.mask).cpu())
-        beta.append(by_position(found.beta, batch.mask).cpu())
+        alpha.append(only(by_position(found.alpha, batch.mask).cpu(), positions))
+        beta.append(only(by_position(found.beta, batch.mask).cpu(), positions))
         rest.append(found.row_rest.cpu())
         advance()
 

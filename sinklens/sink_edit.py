@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -16,7 +16,7 @@ from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelErro
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair
-from sinklens.pattern_edit import Seen
+from sinklens.pattern_edit import PatternEdit, Seen
 from sinklens.places import Places
 from sinklens.proof import capabilities
 from sinklens.reference import Reference, bins
@@ -53,7 +53,7 @@ class Ablation:
         return self.mode == "mean_value" or self.value == "mean"
 
 
-class SinkEdit:
+class SinkEdit(PatternEdit):
     """The edit of one layer's attention: called with what the layer computed, returns the new pattern."""
 
     def __init__(
@@ -73,23 +73,27 @@ class SinkEdit:
 
     def __call__(self, layer: int, seen: Seen) -> Tensor:
         """The new pattern of a layer; what z gains is left in ``seen``."""
-        forward = self.forward
+        found = self.places.sinks(self.forward, layer, seen.allowed[:, 0], seen.rows, seen.keys)
+        sinks = found[:, None] & seen.allowed
+        return self._edited(layer, seen, sinks) if sinks.any() or self.places.learned else seen.pattern
+
+    def begin(self, layer: int) -> None:
+        """In the first layer: nothing has been compared yet."""
         if layer == self.chosen.layers[0]:
             self.compared = self.differs = False
-        first = forward.columns - seen.pattern.shape[-1]
-        sinks = self.places.sinks(forward, layer, seen.allowed[:, 0])[:, None] & seen.allowed
-        new = self._edited(layer, seen, sinks, first) if sinks.any() or self.places.learned else seen.pattern
+
+    def finish(self, layer: int) -> None:
+        """In the last layer: refuse an edit that changed nothing."""
         if layer == self.chosen.layers[-1]:
             self._refuse_identity()
-        return new
 
-    def _edited(self, layer: int, seen: Seen, sinks: Bool[Tensor, "batch 1 query key"], first: int) -> Tensor:
+    def _edited(self, layer: int, seen: Seen, sinks: Bool[Tensor, "batch 1 query key"]) -> Tensor:
         options, places = self.options, self.places
         ordinary_only = options.to == "ordinary"
         apart = torch.zeros_like(sinks)
         if ordinary_only:
-            apart = places.apart(self.forward)[:, None, None, first:] & seen.allowed & ~sinks
-        keys = FixedKeys(self, layer, seen, sinks, first) if options.mode == "fixed_key" else None
+            apart = places.apart(self.forward)[:, None, None, seen.keys] & seen.allowed & ~sinks
+        keys = FixedKeys(self, layer, seen, sinks) if options.mode == "fixed_key" else None
         part = Partition(
             seen.scores if keys is None else keys.scores,
             seen.pattern,
@@ -99,13 +103,17 @@ class SinkEdit:
             "S" if places.learned else "F" if ordinary_only else "R",
             apart=ordinary_only,
         )
-        margin = self._fixed_margin(layer, seen, part.margin) if options.mode == "fixed_logit" else None
+        margin = (
+            self.fixed_margin(layer, bins(seen.allowed.sum(-1))[:, 0], part.margin)
+            if options.mode == "fixed_logit"
+            else None
+        )
         biased = options.writes_bias and value_bias(self.model, layer, self.facts.n_heads) is not None
         weights = pair(options.mode, part, g=options.g, margin=margin, value=options.value, biased=biased)
         rows = part.editable & self.chosen.mask(layer, self.facts.n_heads, sinks.device)[:, None]
         target = None
         if options.target is not None:
-            target = self._target(options.target, seen, sinks, apart, first)
+            target = self._target(options.target, seen, sinks, apart)
             rows = rows & target.any(-1)[:, None]
         if options.mode == "uniform":
             rows = rows & part.rest.any(-1)
@@ -114,7 +122,7 @@ class SinkEdit:
         if keys is not None and options.value == "neutral":
             new = torch.where(keys.same[..., None] & part.rest, seen.pattern, new)  # then it is ``zero``, exactly
         if options.replaces_value:
-            seen.extra = self._replaced_values(layer, seen, new, sinks, rows, first)
+            seen.extra = self._replaced_values(layer, seen, new, sinks, rows)
         if weights.bias is not None and options.writes_bias:
             seen.bias = torch.where(rows, weights.bias, 0)
         return new
@@ -157,9 +165,10 @@ class SinkEdit:
         self.differs |= not bool(same_vector(new, old.float()).all())
 
     def _replaced_values(
-        self, layer: int, seen: Seen, pattern: Tensor, sinks: Tensor, rows: Tensor, first: int
+        self, layer: int, seen: Seen, pattern: Tensor, sinks: Tensor, rows: Tensor
     ) -> Float[Tensor, "batch head query d_head"]:
         """What z gains when the sinks' values are exchanged: ``sum_S A (v_mean - v)``."""
+        first = seen.keys.start
         columns = _columns(sinks, first)
         values = seen.at("value", columns, self.forward.past)
         means = self.means("value", layer, columns, values)
@@ -169,12 +178,11 @@ class SinkEdit:
         weights = (pattern * sinks)[..., index].float() * rows[..., None]
         return torch.einsum("bhqc,bchd->bhqd", weights, gain)
 
-    def _fixed_margin(
-        self, layer: int, seen: Seen, own: Float[Tensor, "batch head query"]
+    def fixed_margin(
+        self, layer: int, where: Int[Tensor, "batch query"], own: Float[Tensor, "batch head query"]
     ) -> Float[Tensor, "batch head query"]:
-        """The corpus mean margin of each head at each query's number of visible keys; its own where there is none."""
+        """The corpus mean margin of each head at each query's bin of visible keys; its own where there is none."""
         found, forward = self.found, self.forward
-        where = bins(seen.allowed.sum(-1))[:, 0]
         rows = []
         for b in range(where.shape[0]):
             without = None if found is None else found.document(forward, b)
@@ -185,16 +193,21 @@ class SinkEdit:
                 rows.append(found.margin(layer, without).to(own)[:, where[b]])
         return torch.stack(rows)
 
-    def _target(self, target: int, seen: Seen, sinks: Tensor, apart: Tensor, first: int) -> Bool[Tensor, "b q k"]:
+    def check_target(self, target: int, is_sink: Tensor | bool) -> None:
+        """Refuse a target that a row does not have, or that is a sink there."""
+        shortest = int(self.forward.lengths.min())
+        if target >= shortest:
+            raise BadInputError(f"the target {target} is out of range: a row has {shortest} tokens")
+        if is_sink:
+            raise BadInputError(f"the target {target} is itself a sink in some row; choose an ordinary token")
+
+    def _target(self, target: int, seen: Seen, sinks: Tensor, apart: Tensor) -> Bool[Tensor, "b q k"]:
         """Where the target stands, for the queries that may see it."""
-        forward = self.forward
-        if target >= int(forward.lengths.min()):
-            raise BadInputError(f"the target {target} is out of range: a row has {int(forward.lengths.min())} tokens")
-        column = forward.starts + target - first
+        self.check_target(target, False)
+        column = self.forward.starts + target - seen.keys.start
         index = torch.arange(sinks.shape[-1], device=sinks.device)
         standing = (index == column[:, None])[:, None] & seen.allowed[:, 0]
-        if (standing & (sinks | apart)[:, 0]).any():
-            raise BadInputError(f"the target {target} is itself a sink in some row; choose an ordinary token")
+        self.check_target(target, (standing & (sinks | apart)[:, 0]).any())
         return standing
 
     def _refuse_identity(self) -> None:
@@ -225,11 +238,14 @@ class FixedKeys:
         same: rows (per head) in which no visible sink's key differs.
     """
 
-    def __init__(self, edit: SinkEdit, layer: int, seen: Seen, sinks: Tensor, first: int) -> None:
+    def __init__(self, edit: SinkEdit, layer: int, seen: Seen, sinks: Tensor) -> None:
         model, n_heads = edit.model, edit.facts.n_heads
-        scale, cap = score_scale(model, layer), score_softcap(model)
+        scale, cap = seen.scale, seen.softcap
+        if scale is None:
+            scale, cap = score_scale(model, layer), score_softcap(model)
         if scale is None:
             raise UnsupportedModelError(f"{edit.facts.model}: the host does not say how it scales scores")
+        first = seen.keys.start
         columns = _columns(sinks, first)
         keys = seen.at("key", columns, edit.forward.past)
         means = edit.means("key", layer, columns, keys)

@@ -31,6 +31,7 @@ def find_sinks(
     *,
     method: str = "attention",
     scores: SinkScores | None = None,
+    backend: str = "auto",
     activity: float = 0.05,
     uniform_factor: float = 3.0,
     gap: int = 2,
@@ -57,6 +58,7 @@ def find_sinks(
         method: ``"attention"``; ``"direction"`` (residual norm and centred cosine with P); ``"wong"`` (the published
             detector verbatim, for replication).
         scores: :func:`sinklens.sink_scores` of the same tokens, if at hand.
+        backend: of the scores: "auto", "hooks" or "flash".
         activity, uniform_factor, gap, min_life, primary_mass, late, onset_tolerance, end_tolerance, head_use: the
             thresholds, see :class:`sinklens.Thresholds`.
         norm_ratio, cosine: the direction method's criteria.
@@ -79,7 +81,9 @@ def find_sinks(
     )  # fmt: skip
     batch = as_tokens(model, tokens)
     if scores is None:
-        scores = sink_scores(model, batch, progress=progress)
+        scores = sink_scores(model, batch, backend=backend, progress=progress)
+    elif scores.alpha[:, 0, 0].isnan().sum() > scores.alpha[:, 0, 0].numel() - int(scores.tokens.lengths.sum()):
+        raise BadInputError("scores= hold only some positions (positions=); sinks need all of them")
     elif scores.tokens.digest != batch.digest:
         raise BadInputError("scores= belong to other tokens; leave it out or score these")
     elif not same_model(scores.info, capabilities(model)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,18 @@ from sinklens.results import load_tensors, save_tensors, write_text
 from sinklens.tokens import Tokens
 
 
+def _what(hooks: Sequence[Any]) -> str | int:
+    """An edit's name and layers, as far as a list of hooks tells."""
+    return f"{hooks.name} {list(hooks.layers)}" if isinstance(hooks, Hooks) else len(hooks)
+
+
 class Store:
     """Finished sequences: in memory, and in a folder where one is given."""
 
-    def __init__(self, folder: str | Path | None, plan: Plan, metrics: list[str], twin: bool) -> None:
-        self.plan, self.metrics = plan, metrics
+    def __init__(
+        self, folder: str | Path | None, plan: Plan, metrics: list[str], twin: bool, backend: str = "hooks"
+    ) -> None:
+        self.plan, self.metrics, self.backend = plan, metrics, backend
         self.runs = [Run(r.label, r.control) for r in plan.runs]
         if twin:
             self.runs += [Run(r.label, UNTRAINED) for r in plan.runs if not r.control]
@@ -38,7 +46,7 @@ class Store:
             "model": self.plan.found.info["capabilities"]["model"],
             "runs": [[r.label, r.control] for r in self.runs],
             "edits": [
-                [len(r.hooks), [[[e.position, e.group] for e in row] for row in r.places]] for r in self.plan.runs
+                [_what(r.hooks), [[[e.position, e.group] for e in row] for row in r.places]] for r in self.plan.runs
             ],
             "metrics": self.metrics,
             "scored": [len(s) for s in self.plan.scored],
@@ -89,6 +97,7 @@ class Store:
         for b, (found, rows) in sorted(self.done.items()):
             values[:, :, b, : found.shape[-1]] = found
             side += rows
+        ran = {"backend": self.backend, "seed": plan.seed, "thresholds": asdict(plan.found.thresholds)}
         hooks_notes = [f"{r.label}: {note}" for r in plan.runs if isinstance(r.hooks, Hooks) for note in r.hooks.notes]
         return Experiment(
             runs=tuple(self.runs),
@@ -97,5 +106,5 @@ class Store:
             tokens=plan.tokens,
             discovery=None if discovery is None else discovery.sources,
             notes=tuple(dict.fromkeys([*plan.notes, *hooks_notes])),
-            info={**plan.found.info, "seed": plan.seed, "thresholds": asdict(plan.found.thresholds)},
+            info={**plan.found.info, **ran},
         )

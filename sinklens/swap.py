@@ -21,7 +21,7 @@ from sinklens.errors import BadInputError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair
-from sinklens.pattern_edit import Edit, Seen, edit_hooks, refuse_unless_editable
+from sinklens.pattern_edit import PatternEdit, Seen, edit_hooks, refuse_unless_editable
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import Capabilities, capabilities
 from sinklens.selection import Heads, Layers, Selection, select
@@ -115,15 +115,15 @@ def restrict_attention(
 
     def restrict(layer: int, seen: Seen) -> Tensor:
         index = torch.arange(forward.columns, device=seen.pattern.device)
-        first = forward.columns - seen.pattern.shape[-1]
-        stays = (index[forward.past :, None] - index < recent)[None]
+        queries = index[seen.rows, None]
+        stays = (queries - index < recent)[None]
         if not facts.causal:
-            stays = stays & (index - index[forward.past :, None] < recent)[None]
+            stays = stays & (index - queries < recent)[None]
         if first_ones is not None:
             stays = stays | (index < forward.starts[:, None] + first_ones)[:, None]
         elif places.acts_in(layer):
             stays = stays | places.columns(forward, layer)[:, None]
-        hidden = ~stays[:, None, :, first:] & seen.allowed
+        hidden = ~stays[:, None, :, seen.keys] & seen.allowed
         learned = learned_sink_logits(model, layer)
         part = Partition(seen.scores, seen.pattern, hidden, seen.allowed & ~hidden, learned)
         rows = part.editable & chosen.mask(layer, facts.n_heads, hidden.device)[:, None]
@@ -142,13 +142,13 @@ def restrict_attention(
 
 def _hooks(
     model: TransformerBridge,
-    edit: Edit,
+    edit: Callable[[int, Seen], Tensor],
     chosen: Selection,
     name: str,
     again: Callable[[TransformerBridge], Hooks],
     forward: Forward | None = None,
 ) -> Hooks:
-    items = edit_hooks(model, forward or Forward(model), edit, chosen.layers)
+    items = edit_hooks(model, forward or Forward(model), PatternEdit(edit), chosen.layers)
     return Hooks(items, name=name, build=lambda other, _: again(other or model), layers=chosen.layers)
 
 

@@ -16,11 +16,12 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import allowed_keys, attention_hook, collect
+from sinklens.attention import allowed_keys, attention_hook
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.plots import SCALE, escape_hover, themed
 from sinklens.proof import Capabilities, capabilities
 from sinklens.results import write_text
+from sinklens.running import collect
 from sinklens.tokens import Tokens, as_tokens
 
 if TYPE_CHECKING:

@@ -1,10 +1,12 @@
 """What else an intervention changes: where freed attention goes, new sinks, attention's entropy, residual norms.
 
-Hooks that only read, around an edit: one set before it, one after. Nothing larger than one layer's pattern is held.
+On the hooks backend hooks that only read stand around an edit, one set before it, one after; the flash backend shows
+its blocks of query rows before and after edits. Nothing larger than what comes in is held.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +15,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_output
-from sinklens.importance import by_position, column_means, visibility
+from sinklens.attention import attention_hook, block_output, either_backend
+from sinklens.importance import ColumnSums, visibility
+from sinklens.kernels import Block, View, blocks
 from sinklens.proof import capabilities
 
 ENTROPY_STEP = 4  # every fourth query
+ROWS = 128
 MOVED = ("freed", "to_edited", "to_other_sinks", "to_ordinary", "to_nothing")
 
 
@@ -30,8 +34,7 @@ class Watch:
         sinks: every other sink of the sequence: [pos].
         moved: per edited layer, attention per query and head: what was freed (all decreases), and what went to edited
             tokens, other sinks, ordinary tokens, nothing (a learned sink, or parked).
-        mass: mean far importance over heads: [layer, pos].
-        entropy: of each layer's attention in nats, mean over heads and every fourth query.
+        blind: where the host shows only the edited pattern, moved attention is NaN.
         norms: per layer the median and the largest residual norm over tokens.
     """
 
@@ -40,55 +43,69 @@ class Watch:
     edited: Bool[Tensor, "layer pos"]
     sinks: Bool[Tensor, " pos"]
     moved: dict[int, Float[Tensor, "5"]] = field(default_factory=dict)
-    masses: list[Float[Tensor, " pos"]] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
     norms: list[tuple[float, float]] = field(default_factory=list)
+    blind: bool = False
     _before: Tensor | None = None
+    _sums: dict[int, ColumnSums] = field(default_factory=dict)
+    _entropy: dict[int, tuple[float, int]] = field(default_factory=dict)
 
-    def before(self) -> list[tuple[str, Any]]:
-        """Hooks that belong before the edit's."""
-
-        def keep(pattern: Tensor, hook: Any) -> None:
-            self._before = pattern
-
-        layers = range(capabilities(self.model).n_layers)
-        return [(attention_hook(layer, "hook_pattern"), keep) for layer in layers]
-
-    def after(self) -> list[tuple[str, Any]]:
-        """Hooks that belong after the edit's."""
+    def hooks(self) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+        """The hooks that belong before the edit's, and those after it; under flash only residual norms are hooked."""
         facts = capabilities(self.model)
-        mask = torch.ones(1, self.length, dtype=torch.bool, device=self.model.cfg.device)
-        seen_by = {w: visibility(mask, causal=facts.causal, window=w) for w in set(facts.windows)}
-        hooks: list[tuple[str, Any]] = []
+        first: list[tuple[str, Any]] = []
+        last: list[tuple[str, Any]] = []
         for layer in range(facts.n_layers):
 
+            def keep(pattern: Tensor, hook: Any) -> None:
+                self._before = pattern
+
             def look(pattern: Tensor, hook: Any, layer: int = layer) -> None:
-                window = facts.windows[layer]
-                if self._before is not None and self._before.data_ptr() != pattern.data_ptr():
-                    self._compare(layer, self._before, pattern)
+                before = pattern if self._before is None else self._before
                 self._before = None
-                found = column_means(pattern, mask, seen_by[window], causal=facts.causal, window=window)
-                self.masses.append(by_position(found.beta, mask)[0].double().mean(0).float().cpu())
-                some = pattern[0, :, ::ENTROPY_STEP].float()
-                self.entropies.append(float(-torch.xlogy(some, some).sum(-1).mean()))
+                for block in blocks(View(1.0, causal=False), self.length, self.length, ROWS):
+                    self.look(layer, block, before[:, :, block.rows], pattern[:, :, block.rows])
 
             def norm(residual: Tensor, hook: Any) -> None:
                 size = residual[0].float().norm(dim=-1)
                 self.norms.append((float(size.median()), float(size.max())))
 
-            hooks += [(attention_hook(layer, "hook_pattern"), look), (block_output(layer), norm)]
-        return hooks
+            point = attention_hook(layer, "hook_pattern")
+            first.append((point, either_backend(keep)))
+            last += [(point, either_backend(look)), (block_output(layer), norm)]
+        return first, last
+
+    def look(
+        self,
+        layer: int,
+        block: Block,
+        before: Float[Tensor, "1 head row key"],
+        after: Float[Tensor, "1 head row key"],
+    ) -> None:
+        """See a block of query rows of a layer's pattern, unedited and edited."""
+        if before.data_ptr() != after.data_ptr():
+            self._compare(layer, block, before, after)
+        if layer not in self._sums:
+            self._sums[layer] = ColumnSums((1, after.shape[1], self.length), after.device)
+        self._sums[layer].add(slice(0, 1), block, after.float())
+        some = after[0, :, (-block.start) % ENTROPY_STEP :: ENTROPY_STEP].float()
+        total, count = self._entropy.get(layer, (0.0, 0))
+        entropy = float(-torch.xlogy(some, some).sum())
+        self._entropy[layer] = (total + entropy, count + some.shape[0] * some.shape[1])
 
     @property
     def mass(self) -> Float[Tensor, "layer pos"]:
         """Mean far importance over heads."""
-        return torch.stack(self.masses)
+        facts = capabilities(self.model)
+        mask = torch.ones(1, self.length, dtype=torch.bool, device=next(iter(self._sums.values())).far.device)
+        seen_by = {w: visibility(mask, causal=facts.causal, window=w) for w in set(facts.windows)}
+        means = [self._sums[n].means(seen_by[window])[1][0] for n, window in enumerate(facts.windows)]
+        return torch.stack([mean.double().mean(0).float().cpu() for mean in means])
 
-    def _compare(self, layer: int, before: Tensor, after: Tensor) -> None:
+    def _compare(self, layer: int, block: Block, before: Tensor, after: Tensor) -> None:
         change = (after - before)[0].float()
         gained = change.clamp(min=0).sum((0, 1))
-        edited = self.edited[layer].to(change.device)
-        others = self.sinks.to(change.device) & ~edited
+        edited = self.edited[layer, block.keys].to(change.device)
+        others = self.sinks[block.keys].to(change.device) & ~edited
         parts = [
             gained.sum() - change.sum(),
             gained[edited].sum(),
@@ -96,14 +113,17 @@ class Watch:
             gained[~(edited | others)].sum(),
             -change.sum(),
         ]
-        self.moved[layer] = torch.stack(parts).cpu() / (change.shape[0] * change.shape[1])
+        share = torch.stack(parts).cpu() / (change.shape[0] * self.length)
+        self.moved[layer] = self.moved.get(layer, 0) + share
 
     def summary(self) -> dict[str, float]:
         """Means over layers: shares of attention that moved (edited layers), entropy, norms."""
-        moved = torch.stack(list(self.moved.values())).mean(0).tolist() if self.moved else [0.0] * len(MOVED)
+        moved = [math.nan if self.blind else 0.0] * len(MOVED)
+        if self.moved:
+            moved = torch.stack(list(self.moved.values())).mean(0).tolist()
         return {
             **dict(zip(MOVED, moved, strict=True)),
-            "entropy": sum(self.entropies) / len(self.entropies),
+            "entropy": sum(total / count for total, count in self._entropy.values()) / len(self._entropy),
             "median_norm": sum(a for a, _ in self.norms) / len(self.norms),
             "largest_norm": max(b for _, b in self.norms),
         }
