@@ -72,9 +72,10 @@ class Flash:
     _silent: dict[int, list[tuple[str, HookPoint]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        points = hook_points(self.model)
         for layer in range(capabilities(self.model).n_layers):
             names = [attention_hook(layer, point) for point in _unheard.get(self.model, SILENT)]
-            self._silent[layer] = [(n, self.model.hook_dict[n]) for n in names if n in self.model.hook_dict]
+            self._silent[layer] = [(n, points[n]) for n in names if n in points]
 
     def arm(self, layer: int, armed: Armed) -> None:
         """Let an edit wait for this layer's attention."""
@@ -120,6 +121,13 @@ class Flash:
         return out
 
 
+def hook_points(model: TransformerBridge) -> dict[str, HookPoint]:
+    """The model's hook points by name (the host's own table is built anew at every look)."""
+    if model not in _points:
+        _points[model] = dict(model.hook_dict)
+    return _points[model]
+
+
 def told(waiting: Sequence[Any], q: Tensor, k: Tensor, view: View) -> list[Any]:
     """Tell those who follow the forward which keys are real; what is left are the edits."""
     real = view.mask if view.mask is not None else torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
@@ -151,7 +159,7 @@ class _Host:
     """How the host had a model's attention before the first context, and the contexts that are open now."""
 
     attentions: list[nn.Module]
-    components: list[nn.Module]
+    components: list[list[nn.Module]]
     implementations: list[tuple[Any, str]]
     forwards: list[Any]
     states: list[Flash | None] = field(default_factory=list)
@@ -166,13 +174,14 @@ class _Host:
                 attention.__dict__["forward"] = AttentionBridge.forward.__get__(attention)
             elif self.forwards[layer] is not None:
                 attention.__dict__["forward"] = self.forwards[layer]
-            for module in component.modules():
+            for module in component:
                 _owners.pop(module, None)
                 if state is not None:
                     _owners[module] = (state.attend, layer)
 
 
 _hosts: WeakKeyDictionary[TransformerBridge, _Host] = WeakKeyDictionary()
+_points: WeakKeyDictionary[TransformerBridge, dict[str, HookPoint]] = WeakKeyDictionary()
 _owners: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], int]] = WeakKeyDictionary()
 
 
@@ -242,9 +251,9 @@ def switched(model: TransformerBridge, state: Flash | None) -> Iterator[Flash | 
 
 def _found(model: TransformerBridge) -> _Host:
     attentions: list[Any] = [block.attn for block in model.blocks]
-    components = [attention.original_component for attention in attentions]
+    components = [list(attention.original_component.modules()) for attention in attentions]
     configs: list[Any] = [model.original_model.config]
-    configs += [getattr(module, "config", None) for component in components for module in component.modules()]
+    configs += [getattr(module, "config", None) for modules in components for module in modules]
     unique = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
     return _Host(
         attentions,
@@ -382,7 +391,7 @@ def _differs(model: TransformerBridge, length: int, heard: dict[str, set[str]]) 
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, : length // 3] = False
     outputs: dict[str, list[Tensor]] = {"host": [], "flash": []}
-    points = [point for point in model.hook_dict if point.startswith("blocks.0.attn.") and has_hook(model, point)]
+    points = [point for point in hook_points(model) if point.startswith("blocks.0.attn.") and has_hook(model, point)]
     states: dict[str, Flash | None] = {"host": None, "flash": Flash(model)}
     for name, state in states.items():
         fired = heard.setdefault(name, set())

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, either_backend
 from sinklens.errors import BadInputError, SinklensError
-from sinklens.flash_backend import Armed, running
+from sinklens.flash_backend import Armed, hook_points, running
 from sinklens.proof import capabilities
 from sinklens.tokens import Tokens
 
@@ -62,7 +62,7 @@ class Forward:
             model = self._model()
             state = None if model is None else running(model)
             if model is not None and state is not None:
-                state.arm(0, Armed(self, model.hook_dict[first_input], listen))
+                state.arm(0, Armed(self, hook_points(model)[first_input], listen))
 
         return [(EMBED, self._begin), (first_input, listen), (self._first, either_backend(see_padding))]
 

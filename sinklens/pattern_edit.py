@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, either_backend, grouped_by_head, scored_points, value_bias
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
-from sinklens.flash_backend import Armed, once, running, unsupported
+from sinklens.flash_backend import Armed, hook_points, once, running, unsupported
 from sinklens.forward import Forward
 from sinklens.kernels import View
 from sinklens.proof import capabilities
@@ -184,7 +184,7 @@ def edit_hooks(
 
 def _arming(model: TransformerBridge, layer: int, attached: Attached, backend: str) -> Callable[..., None]:
     """The hook at a layer's attention input that hands the edit to the registered function, where that runs."""
-    point = model.hook_dict[attached.name]
+    point = hook_points(model)[attached.name]
 
     def arm(_: Tensor, hook: Any) -> None:
         state = running(model)
