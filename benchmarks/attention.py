@@ -8,7 +8,7 @@ Every contender runs in this process, in turn (A B C A B C); ratios of medians o
 memory beside what was resident before. The base is the plain Hugging Face model with sdpa, without the unembedding.
 
     4 columns, all columns     sink_scores(backend="flash"), four positions and all
-    ablate MODE                hooks of ablate_sinks in a flash context: sinks 0, or 0, 10 and 46
+    ablate MODE                hooks of ablate_sinks in a flash context: sinks 0, 10 and 46 (or 0 alone)
     hooks                      sink_scores(backend="hooks")
     cached patterns            run_with_cache of every hook_pattern, then alpha: what the papers' scripts do
     output_attentions          Hugging Face's eager attention, stacked, then alpha: the peers' formula
@@ -87,7 +87,7 @@ def contenders(name: str, length: int, cuda: bool) -> dict[str, Callable[[], Any
     }
     for mode, options in MODES.items():
         more = {**options, **({"reference": few} if "reference" in options else {})}
-        for sinks in ([0], list(SINKS)):
+        for sinks in [[0], list(SINKS)] if mode in ("renormalize", "zero") else [list(SINKS)]:
             hooks = sl.ablate_sinks(model, sinks, mode, **more, allow_identity=True, progress=False)
             found[f"ablate {mode} {len(sinks)}"] = ablation(hooks)
     found |= {

@@ -185,7 +185,7 @@ class _Lean:
         self, edit: SinkEdit, attached: Attached, layer: int, q: Tensor, k: Tensor, v: Tensor, view: View
     ) -> None:
         self.edit, self.attached, self.layer, self.view = edit, attached, layer, view
-        self.q, self.k, self.v = q, k, v
+        self.q, self.k, self.v = q.contiguous(), k, v
         forward, places = attached.forward, edit.places
         self.first = forward.columns - k.shape[2]
         self.marked = places.columns(forward, layer)[:, self.first :]
@@ -249,24 +249,25 @@ class _Lean:
         rest = weights.rest if weights.rest is not None else parts.shared * (-parts.margin).sigmoid()
         z = rest[..., None] * o_rest.to(self.wide)
         if weights.sink is not None and options.mode not in ("renormalize", "zero", "null", "move", "uniform"):
-            z = z + self._from_sinks(weights.sink[..., None] * softmax_sinks)
+            z += self._from_sinks(weights.sink[..., None] * softmax_sinks)
         elif options.mode == "value_only":
-            z = z + self._from_sinks((parts.shared * parts.margin.sigmoid())[..., None] * softmax_sinks)
+            z += self._from_sinks((parts.shared * parts.margin.sigmoid())[..., None] * softmax_sinks)
         if weights.bias is not None and options.writes_bias and self.attached.bias is not None:
-            z = z + weights.bias[..., None] * self.attached.bias[:, None].to(z)
+            z += weights.bias[..., None] * self.attached.bias[:, None].to(z)
         if weights.moved is not None and options.target is not None:
             column = self.attached.forward.starts + options.target - self.first
             standing = self._target(options.target, column)
             rows = rows & standing
             values = self.v[torch.arange(len(column), device=column.device), :, column]
             repeat = self.q.shape[1] // self.v.shape[1]
-            z = z + weights.moved[..., None] * values.repeat_interleave(repeat, 1)[:, :, None].to(z)
+            z += weights.moved[..., None] * values.repeat_interleave(repeat, 1)[:, :, None].to(z)
         if weights.spread is not None:
             means, some = self._mean_rest()
             rows = rows & some
-            z = z + weights.spread[..., None] * means.to(z)
+            shape = (z.shape[0], self.v.shape[1], -1, *z.shape[2:])
+            z.view(shape).addcmul_(weights.spread.view(shape[:-1])[..., None], means.to(z)[:, :, None])
         if self.kept_apart.any():
-            z = z + apart_margin.sigmoid()[..., None] * dense_output(softmax_apart, self.v[:, :, self.columns])
+            z += apart_margin.sigmoid()[..., None] * dense_output(softmax_apart, self.v[:, :, self.columns])
         return z, rows
 
     def _gone(self) -> Bool[Tensor, "#batch #head key"]:
@@ -357,7 +358,7 @@ class _Lean:
         return total[:, high] - total[:, low]
 
     def _mean_rest(self) -> tuple[Tensor, Tensor]:
-        """The mean value of R for every query, and which queries have any: [batch, head, query, d_v]."""
+        """The mean value of R for every query, [batch, kv_head, query, d_v], and which queries have any."""
         real = ~(self.marked | self.kept_apart)
         if self.view.mask is not None:
             real = real & self.view.mask
@@ -366,7 +367,7 @@ class _Lean:
         batch, n_kv, n_keys, size = self.v.shape
         values = self.v.transpose(1, 2).reshape(batch, n_keys, n_kv * size).double() * weights
         means = (self._sums(values) / counts.clamp(min=1)).view(batch, -1, n_kv, size).transpose(1, 2)
-        return means.repeat_interleave(self.q.shape[1] // n_kv, 1), (counts[..., 0] > 0)[:, None]
+        return means, (counts[..., 0] > 0)[:, None]
 
     def _fixed_margin(self, own: Float[Tensor, "batch head query"]) -> Float[Tensor, "batch head query"]:
         return self.edit.fixed_margin(self.layer, bins(self._counts())[:, 0], own)

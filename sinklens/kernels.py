@@ -324,8 +324,9 @@ def dense_scores(
     """All scores of (few) queries or keys, softcap applied, nothing masked."""
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads, length, _ = q.shape
-    by_group = grouped(q, k.shape[1]).to(wide).flatten(1, 2) * view.scale
-    scores = torch.bmm(by_group, k.reshape(batch * k.shape[1], k.shape[2], -1).to(wide).mT)
+    by_group = grouped(q, k.shape[1]).to(wide).flatten(1, 2)
+    few = k.reshape(batch * k.shape[1], k.shape[2], -1).to(wide) * view.scale
+    scores = torch.bmm(by_group, few.mT)
     return scored(scores.view(batch, heads, length, -1), view)
 
 
