@@ -79,8 +79,11 @@ class Flash:
 
     def arm(self, layer: int, armed: Armed) -> None:
         """Let an edit wait for this layer's attention."""
-        waiting = [a for a in self._armed.get(layer, ()) if a.stands() and a.by is not armed.by]
-        self._armed[layer] = [*waiting, armed]
+        self._armed.setdefault(layer, []).append(armed)
+
+    def clear(self, layer: int) -> None:
+        """A layer's attention begins: nothing waits for it yet (an earlier forward may have raised in between)."""
+        self._armed.pop(layer, None)
 
     def hooked(self) -> bool:
         """Whether any hook, ours or not, stands where patterns are read or edited."""
@@ -107,7 +110,7 @@ class Flash:
         view = replace(view, causal=facts.causal, window=facts.windows[layer])
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise UnsupportedModelError("the flash backend has no gradients: use torch.no_grad(), or backend='hooks'")
-        waiting = [armed.run for armed in self._armed.pop(layer, ()) if armed.stands()]
+        waiting = [armed.run for armed in self._armed.pop(layer, ())]
         edits = told(waiting, q, k, view)
         if edits or self.watch is not None:
             if self.collect is not None:
@@ -171,7 +174,7 @@ class _Host:
         for layer, (attention, component) in enumerate(zip(self.attentions, self.components, strict=True)):
             attention.__dict__.pop("forward", None)
             if state is not None:
-                attention.__dict__["forward"] = AttentionBridge.forward.__get__(attention)
+                attention.__dict__["forward"] = partial(_delegated, attention, state, layer)
             elif self.forwards[layer] is not None:
                 attention.__dict__["forward"] = self.forwards[layer]
             for module in component:
@@ -249,6 +252,12 @@ def switched(model: TransformerBridge, state: Flash | None) -> Iterator[Flash | 
             del _hosts[model]
 
 
+def _delegated(attention: Any, state: Flash, layer: int, *args: Any, **kwargs: Any) -> Any:
+    """A layer's attention as the host's delegating adapters run it."""
+    state.clear(layer)
+    return AttentionBridge.forward(attention, *args, **kwargs)
+
+
 def _found(model: TransformerBridge) -> _Host:
     attentions: list[Any] = [block.attn for block in model.blocks]
     components = [list(attention.original_component.modules()) for attention in attentions]
@@ -272,6 +281,10 @@ def once(component: nn.Module, armed: Armed, attend: Callable[..., tuple[Tensor,
     The module's ``forward`` is wrapped for that call and put back by it, also when it raises. ``attend`` is called as
     ``attend(edits, layer, q, k, v, view)`` and returns the output and the pattern, which the host then shows.
     """
+    if not armed.stands():
+        raise SinklensError(
+            "pass the hooks of sinklens as they are: wrapped in other functions they cannot edit this host"
+        )
     waiting = [a for a in _pending.get(component, ()) if a.stands() and a.by is not armed.by]
     _pending[component] = [*waiting, armed]
     configs: list[Any] = [getattr(m, "config", None) for m in component.modules()]

@@ -22,6 +22,7 @@ from sinklens.proof import capabilities
 from sinklens.tokens import Tokens
 
 EMBED = "embed.hook_in"
+READERS = 3  # how many hooks of a list follow the forward, before those that edit
 
 
 class Forward:

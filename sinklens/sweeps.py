@@ -26,9 +26,12 @@ from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.experiment import scored_logits
+from sinklens.flash_backend import hooked
+from sinklens.forward import READERS
 from sinklens.hooks import Hooks
 from sinklens.metrics import METRICS, token_metrics
 from sinklens.models import has_trained_head
+from sinklens.pattern_edit import delegates
 from sinklens.places import Sinks, find_places
 from sinklens.proof import capabilities
 from sinklens.sweep_result import Sweep
@@ -85,6 +88,11 @@ def sweep_ablation(
         raise UnsupportedModelError(f"{facts.model} predicts no next token, so an ablation has no loss to change")
     if over == "dose" and (mode not in ("renormalize", "scale") or "g" in options or not len(doses)):
         raise BadInputError("over='dose' sweeps mode 'scale' over doses=; leave mode and g out")
+    if over in ("layer", "layer-head") and delegates(model):
+        raise UnsupportedModelError(
+            f"{facts.model}: this host delegates attention, and one growing batch cannot edit it; sweep with "
+            f"run_experiment over ablate_sinks(layers=...) instead"
+        )
     batch = as_tokens(model, tokens).to("cpu")
     places = find_places(sinks)
     everything = ablate_sinks(model, places, "scale" if over == "dose" else mode, **_first_dose(over, doses), **options)
@@ -92,7 +100,7 @@ def sweep_ablation(
     metrics = {name: torch.full((len(keys), len(batch)), math.nan, dtype=torch.float64) for name in ("loss", "kl")}
     base = torch.full((len(batch),), math.nan, dtype=torch.float64)
     guess = torch.full((len(keys), len(batch)), math.nan, dtype=torch.float64) if estimate else None
-    with progress_bar(f"sweep over {over}s", len(batch), progress) as advance:
+    with progress_bar(f"sweep over {over}s", len(batch), progress) as advance, hooked(model):
         for b in range(len(batch)):
             edited = {e.position for e in slots(places, batch, b)}
             if edited or not places.columns_wanted:
@@ -230,7 +238,7 @@ def _joining(layer: int, edits: Sequence[Hooks]) -> list[Any]:
 
     hooks.append((block_input(layer), join))
     for i, edit in enumerate(edits):
-        readers, functions = edit[:2], edit[2:]
+        readers, functions = edit[:READERS], edit[READERS:]
         for name, function in readers:
             hooks.append((name, _on_row(function, 0) if name.startswith(first) else function))
         row = i - len(edits)
@@ -271,9 +279,9 @@ def first_order(
     outputs: dict[int, Tensor] = {}
     changes: dict[int, Tensor] = {}
     hooks: list[Any] = [("embed.hook_out", lambda tensor, hook: tensor.detach().requires_grad_())]
-    hooks += edit[:2]
+    hooks += edit[:READERS]
     for layer in edit.layers:
-        own = [(n.rsplit(".", 1)[-1], f) for n, f in edit[2:] if n.startswith(f"blocks.{layer}.")]
+        own = [(n.rsplit(".", 1)[-1], f) for n, f in edit[READERS:] if n.startswith(f"blocks.{layer}.")]
         hooks += _shadow(layer, own, outputs, changes, facts.n_kv_heads, facts.heads_first)
     targets = ids[0, 1:][scored.to(ids.device)]
     with torch.enable_grad():

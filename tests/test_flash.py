@@ -351,3 +351,36 @@ def test_half_precision_runs() -> None:
         found = sl.sink_scores(model, ids, backend="flash")
     assert found.alpha.dtype == torch.float32
     assert (found.alpha - want.alpha).abs().max() < 2e-2  # the host's patterns are rounded to bfloat16
+
+
+def test_wrapped_hooks_work_or_are_refused_but_never_lost() -> None:
+    ids = torch.stack(random_rows((20,)))
+
+    def wrapped(hooks: Any) -> list[Any]:
+        return [(name, lambda t, hook, own=own: own(t, hook=hook)) for name, own in hooks]
+
+    _, model = build_pair("llama")
+    hooks = sl.ablate_sinks(model, [0])
+    with sl.flash(model), torch.no_grad():
+        want = model.run_with_hooks(ids, fwd_hooks=hooks)
+        with pytest.raises(sl.UnsupportedModelError, match="cannot fire"):
+            model.run_with_hooks(ids, fwd_hooks=wrapped(hooks))
+        arming = [(n, f) for n, f in wrapped(hooks) if n.endswith(("attn.hook_in", "embed.hook_in"))]
+        assert torch.equal(model.run_with_hooks(ids, fwd_hooks=arming), want)
+    _, delegating = build_pair("opt")
+    with pytest.raises(sl.SinklensError, match="as they are"):
+        delegating.run_with_hooks(ids, fwd_hooks=wrapped(sl.ablate_sinks(delegating, [0])))
+
+
+def test_sweeps_run_on_the_host_also_inside_a_context() -> None:
+    _, model = build_pair("llama")
+    ids = torch.stack(random_rows((40,)))
+    want = sl.sweep_ablation(model, ids, [0]).to_dataframe()
+    with sl.flash(model):
+        found = sl.sweep_ablation(model, ids, [0]).to_dataframe()
+    assert found.equals(want)
+    _, delegating = build_pair("opt")
+    with pytest.raises(sl.UnsupportedModelError, match="growing batch"):
+        sl.sweep_ablation(delegating, ids, [0])
+    swept = sl.sweep_ablation(delegating, ids, [0], over="head")
+    assert swept.metrics["loss"].abs().max() > 1e-3
