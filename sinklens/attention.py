@@ -135,7 +135,13 @@ def output_weights(model: TransformerBridge, layer: int) -> Float[Tensor, "head 
 def value_bias(model: TransformerBridge, layer: int, n_heads: int) -> Float[Tensor, "head d_head"] | None:
     """b_V of one layer by query head, or None where the model has none."""
     attention: Any = model.blocks[layer].attn
-    bias = attention.b_V
+    try:
+        bias = attention.b_V
+    except NotImplementedError:  # MLA, whose values come out of a projection without a bias
+        projection: Any = getattr(attention.original_component, "kv_b_proj", None)
+        if getattr(projection, "bias", None) is not None:
+            raise
+        return None
     if bias is None:
         return None
     bias = bias.view(-1, model.cfg.d_head) if bias.ndim == 1 else bias

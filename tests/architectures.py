@@ -70,6 +70,39 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_LLAMA)),
     "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**_LLAMA)),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_LLAMA, sliding_window=_WINDOW)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**{**_LLAMA, "pad_token_id": 0})),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2)),
+    "deepseek-v3": lambda: tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(
+            **{**_SIZES, "num_key_value_heads": 4},
+            **_SPECIAL,
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        )
+    ),
+    "falcon": lambda: tf.FalconForCausalLM(
+        tf.FalconConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            multi_query=True,
+            **_SPECIAL,
+        )
+    ),
+    "roberta": lambda: tf.RobertaForMaskedLM(
+        tf.RobertaConfig(**{**_SIZES, "max_position_embeddings": 260}, **_SPECIAL)
+    ),
     "bloom": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_SPECIAL)
     ),
