@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/sinklens scan --out demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

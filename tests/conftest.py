@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: waiting for one another costs more than it brings
+    torch.set_num_threads(1)
 
 TEXT_A = (
     "Attention is the concentration of awareness on some phenomenon to the exclusion of other stimuli. It is a "
