@@ -155,8 +155,8 @@ def compare(name: str, length: int, rounds: int, only: list[str], cuda: bool) ->
         runs = contenders(name, length, cuda)
         runs = {key: run for key, run in runs.items() if key == BASE or not only or any(o in key for o in only)}
         found: dict[str, list[dict[str, float]]] = {key: [] for key in runs}
-        for run in runs.values() if length <= 2048 else [runs[BASE]]:
-            run()  # warm up
+        for key in (BASE, "all columns") if length <= 2048 else (BASE,):
+            runs[key]()  # warm up
         for _ in range(rounds):
             for key, run in runs.items():
                 found[key].append(measure(run, cuda))

@@ -385,7 +385,7 @@ class _Lean:
         lonely = touched & ~rows & (lse_rest == -math.inf)
         others = touched & ~rows & ~lonely
         if others.any():
-            return plain(self.layer, self.q, self.k, self.v, self.view)[0]
+            return self._kernels_own(others | lonely, o_rest)
         if not lonely.any():
             return o_rest
         at = lonely.any(0).any(0).nonzero().flatten()  # the first rows, which see nothing but sinks
@@ -397,6 +397,19 @@ class _Lean:
         dense = dense_output(weights, self.v[:, :, self.columns].to(self.wide)).to(own)
         own[:, :, at] = torch.where(lonely[:, :, at, None], dense, own[:, :, at])
         return own
+
+    def _kernels_own(self, wanted: Tensor, o_rest: Tensor) -> Tensor:
+        """Unedited attention of the wanted rows; in a causal layer they are often the first few."""
+        view, length = self.view, self.q.shape[2]
+        stop = length
+        if view.causal and self.k.shape[2] == length:
+            stop = int(wanted.any(0).any(0).nonzero().max()) + 1
+        if stop == length:
+            return plain(self.layer, self.q, self.k, self.v, view)[0]
+        part = replace(view, mask=None if view.mask is None else view.mask[:, :stop])
+        keys, values = self.k[:, :, :stop], self.v[:, :, :stop]
+        first = plain(self.layer, self.q[:, :, :stop], keys, values, part)[0]
+        return torch.cat([first, o_rest[:, :, stop:]], 2)
 
 
 def _parts(scores: Tensor, learned: Tensor | None) -> tuple[Tensor, Tensor]:
