@@ -59,13 +59,14 @@ class Flash:
 
     Attributes:
         model: the bridge.
-        paths: per layer, which kernel ran last: "fused", "compressed", "blocked" or "pattern".
+        paths: by the name of the attention module, which kernel ran last: "fused", "compressed", "blocked" or
+            "pattern".
         collect: stands in for unedited attention in a layer where statistics are taken.
         watch: looks at every layer's pattern, in blocks of query rows, before and after edits.
     """
 
     model: TransformerBridge
-    paths: dict[int, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
     collect: Attend | None = None
     watch: Any = None
     _armed: dict[int, list[Armed]] = field(default_factory=dict)
@@ -117,10 +118,11 @@ class Flash:
                 raise UnsupportedModelError("statistics of edited attention need backend='hooks'")
             from sinklens.flash_edit import edited_attention  # the edits stand above this module
 
-            out, self.paths[layer] = edited_attention(self, layer, edits, q, k, v, view)
+            out, path = edited_attention(self, layer, edits, q, k, v, view)
         else:
             attend = self.collect or plain
-            out, self.paths[layer] = attend(layer, q, k, v, view)
+            out, path = attend(layer, q, k, v, view)
+        self.paths[f"blocks.{layer}.attn"] = path
         return out
 
 
@@ -427,7 +429,7 @@ def _differs(model: TransformerBridge, length: int, heard: dict[str, set[str]]) 
         except (SinklensError, RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             if state is None or state.paths:
                 return f"it fails on a short input ({type(error).__name__}: {str(error)[:200]})"
-        if state is not None and set(state.paths) != set(range(facts.n_layers)):
+        if state is not None and len(state.paths) != facts.n_layers:
             return "its attention code does not call transformers' AttentionInterface"
     tolerance = 2e-4 if model.cfg.dtype in (torch.float32, torch.float64) else 5e-2
     for at, (ours, theirs) in enumerate(zip(outputs["flash"], outputs["host"], strict=True)):

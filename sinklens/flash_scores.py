@@ -51,7 +51,7 @@ def only(values: Float[Tensor, "*rest pos"], positions: Sequence[int] | None) ->
 
 def flash_scores(
     model: TransformerBridge, batch: Tokens, positions: tuple[int, ...] | None, advance: Callable[[], None]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, str]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, str]]:
     """Alpha, beta, uniform and learned mass of one batch, by position, on the CPU; and which kernel ran per layer."""
     facts = capabilities(model)
     seen_by = {w: visibility(batch.mask, causal=facts.causal, window=w) for w in set(facts.windows)}
