@@ -88,16 +88,17 @@ class ColumnSums:
 
     def add(self, chunk: slice, block: Block, pattern: Float[Tensor, "kv group row key"]) -> None:
         """Add a block of query rows."""
-        sums = pattern.sum(2)
+        count, group, rows, keys = pattern.shape
+        ones = pattern.new_ones(1, 1, rows).expand(count * group, -1, -1)
+        sums = torch.bmm(ones, pattern.reshape(-1, rows, keys)).view(count, group, keys)  # faster than sum(2)
         self.near_and_far[chunk, :, block.keys] += sums
-        width = sums.shape[-1]
-        certain = min(max(block.queries.start - FAR + 1 - block.low, 0), width)
+        certain = min(max(block.queries.start - FAR + 1 - block.low, 0), keys)
         far = self.far[chunk, :, block.keys]
         far[..., :certain] += sums[..., :certain]
-        if certain < width:
+        if certain < keys:
             queries = torch.arange(block.queries.start, block.queries.stop, device=pattern.device)
-            keys = torch.arange(block.low + certain, block.high, device=pattern.device)
-            distant = ((queries[:, None] - keys).abs() >= FAR).to(pattern)
+            columns = torch.arange(block.low + certain, block.high, device=pattern.device)
+            distant = ((queries[:, None] - columns).abs() >= FAR).to(pattern)
             far[..., certain:] += (pattern[..., certain:] * distant).sum(2)
 
     def means(self, seen_by: Visibility) -> tuple[Float[Tensor, "batch head key"], Float[Tensor, "batch head key"]]:
