@@ -191,7 +191,9 @@ def draw(files: list[Path], out: Path) -> None:
         slope = statistics.linear_regression(*logs).slope
         figure.add_trace(go.Scatter(x=x, y=y, mode="lines+markers", name=f"{key}: T^{slope:.2f}"))
     figure.update_xaxes(title="tokens T", type="log", tickvals=sorted(points[BASE]))
-    figure.update_yaxes(title="CPU time (sdpa forward at the shortest T = 1)", type="log")
+    figure.update_yaxes(
+        title="CPU time (sdpa forward at the shortest T = 1)", type="log", tickvals=[1, 2, 5, 10, 20, 50]
+    )
     themed(figure, "Cost against length, with the exponent of a power law", height=520, width=900)
     figure.write_html(out) if out.suffix == ".html" else figure.write_image(out, scale=2)
 
