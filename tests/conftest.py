@@ -12,6 +12,7 @@ import sinklens as sl
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: waiting for one another costs more than it brings
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for notebooks and commands in processes of their own
 
 TEXT_A = (
     "Attention is the concentration of awareness on some phenomenon to the exclusion of other stimuli. It is a "

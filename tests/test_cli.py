@@ -242,7 +242,7 @@ def test_bos_shows_what_removal_costs_gemma(tmp_path: Path, text_a: str) -> None
         (["ablate", "--kind", "strange"], "--kind must be"),
         (["ablate", "--mode", "erase", "--n-seqs", "1", "--seq-len", "64"], "mode must be"),
         (["ablate", "--control", "middle", "--n-seqs", "1", "--seq-len", "64"], "controls must be"),
-        (["ablate", "--model", "minilm-l6", "--n-seqs", "1", "--seq-len", "64"], "delegates attention"),
+        (["ablate", "--model", "minilm-l6", "--n-seqs", "1", "--seq-len", "64"], "predicts no next token"),
         (["bos", "--source", "zero", "--site", "pattern", "--n-seqs", "1", "--seq-len", "64"], "site must be"),
     ],
 )

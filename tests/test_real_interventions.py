@@ -105,10 +105,15 @@ def test_massive_dimensions_zero_and_mean_differ(smollm2: Any) -> None:
     assert losses[0] - base > 10 * abs(losses[1] - base)
 
 
-def test_an_encoder_refuses_what_would_change_nothing(minilm: Any) -> None:
-    with pytest.raises(sl.UnsupportedModelError, match="delegates"):
-        sl.ablate_sinks(minilm, [0])
+def test_an_encoder_is_edited_but_has_no_loss(minilm: Any) -> None:
     tokens = sl.load_tokens(minilm, [TEXT_A])
+    seen: list[Any] = []
+    reading = ("blocks.3.attn.hook_pattern", lambda pattern, hook: seen.append(pattern[..., 0].abs().max()))
+    plain = minilm(tokens.ids)
+    edited = minilm.run_with_hooks(tokens.ids, fwd_hooks=[*sl.ablate_sinks(minilm, [0]), reading])
+    assert (edited - plain).abs().max() > 0.1
+    assert seen[0] == 0  # the host shows the edited pattern
+    assert torch.equal(minilm(tokens.ids), plain)
     hooks = sl.patch_bos(minilm, tokens, "zero")
     with pytest.raises(sl.UnsupportedModelError, match="no next token"):
         sl.run_experiment(minilm, tokens, {"patched": hooks})
