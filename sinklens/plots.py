@@ -37,6 +37,18 @@ def head_map(scores: SinkScores, position: int = 0, epsilon: float = 0.3) -> go.
     numbers = torch.stack(
         [torch.tensor(table[name].to_numpy()).view(shape) for name in ("alpha", "beta", "sink_rate")], -1
     )
+    rate = scores.sink_rate(position, epsilon)
+    title = f"Attention on position {position}, per head<br><sup>sink rate {rate:.3f} at epsilon {epsilon:g}</sup>"
+    hover = (
+        "importance alpha %{customdata[0]:.3f}<br>far importance beta %{customdata[1]:.3f}<br>"
+        f"sink rate (alpha > {epsilon:g}) %{{customdata[2]:.3f}}"
+    )
+    return _layer_by_head(numbers, title, "mean alpha", hover)
+
+
+def _layer_by_head(numbers: torch.Tensor, title: str, bar: str, hover: str) -> go.Figure:
+    """A heat map of ``numbers[layer, head, 0]``, a share; the hover text may name all of them as customdata."""
+    layers, heads = numbers.shape[:2]
     figure = go.Figure(
         go.Heatmap(
             z=numbers[..., 0].tolist(),
@@ -44,21 +56,15 @@ def head_map(scores: SinkScores, position: int = 0, epsilon: float = 0.3) -> go.
             colorscale=SCALE,
             zmin=0,
             zmax=1,
-            colorbar={"title": "mean alpha", "outlinewidth": 0},
+            colorbar={"title": bar, "outlinewidth": 0},
             xgap=1,
             ygap=1,
-            hovertemplate=(
-                "layer %{y}, head %{x}<br>importance alpha %{customdata[0]:.3f}<br>"
-                f"far importance beta %{{customdata[1]:.3f}}<br>sink rate (alpha > {epsilon:g}) "
-                "%{customdata[2]:.3f}<extra></extra>"
-            ),
+            hovertemplate=f"layer %{{y}}, head %{{x}}<br>{hover}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="head", dtick=1 if scores.n_heads <= 16 else None, showgrid=False)
-    figure.update_yaxes(title="layer", showgrid=False, dtick=5 if scores.n_layers > 12 else 1)
-    rate = scores.sink_rate(position, epsilon)
-    title = f"Attention on position {position}, per head<br><sup>sink rate {rate:.3f} at epsilon {epsilon:g}</sup>"
-    return themed(figure, title, height=max(320, 130 + 17 * scores.n_layers), width=max(420, 200 + 34 * scores.n_heads))
+    figure.update_xaxes(title="head", dtick=1 if heads <= 16 else None, showgrid=False)
+    figure.update_yaxes(title="layer", showgrid=False, dtick=5 if layers > 12 else 1)
+    return themed(figure, title, height=max(320, 130 + 17 * layers), width=max(420, 200 + 34 * heads))
 
 
 def position_map(scores: SinkScores, sequence: int = 0) -> go.Figure:
@@ -135,29 +141,12 @@ def statistics_map(statistics: AttentionStatistics) -> go.Figure:
     """Layer x head heat map of the mean mass of S over queries and sequences."""
     table = statistics.to_dataframe()
     shape = statistics.mass.shape[:3]
-    layers, heads = shape[1:]
     columns = [torch.tensor(table[name].tolist()).view(shape).nanmean(0) for name in ("mass", "margin", "free_margin")]
-    numbers = torch.stack(columns, -1)
-    figure = go.Figure(
-        go.Heatmap(
-            z=numbers[..., 0].tolist(),
-            customdata=numbers.tolist(),
-            colorscale=SCALE,
-            zmin=0,
-            zmax=1,
-            colorbar={"title": "mean mass", "outlinewidth": 0},
-            xgap=1,
-            ygap=1,
-            hovertemplate=(
-                "layer %{y}, head %{x}<br>mass of the sinks %{customdata[0]:.3f}<br>"
-                "margin %{customdata[1]:.2f} nats<br>"
-                "competitor-free margin %{customdata[2]:.2f} nats<extra></extra>"
-            ),
-        )
-    )
-    figure.update_xaxes(title="head", dtick=1 if heads <= 16 else None, showgrid=False)
-    figure.update_yaxes(title="layer", showgrid=False, dtick=5 if layers > 12 else 1)
     title = (
         "Attention mass of the sinks, per head<br><sup>mean over the queries that see a sink and something else</sup>"
     )
-    return themed(figure, title, height=max(320, 130 + 17 * layers), width=max(420, 200 + 34 * heads))
+    hover = (
+        "mass of the sinks %{customdata[0]:.3f}<br>margin %{customdata[1]:.2f} nats<br>"
+        "competitor-free margin %{customdata[2]:.2f} nats"
+    )
+    return _layer_by_head(torch.stack(columns, -1), title, "mean mass", hover)
