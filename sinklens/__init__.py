@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sinklens.anatomy import Anatomy, sink_anatomy
     from sinklens.bos import patch_bos
     from sinklens.contexts import compare_contexts
+    from sinklens.decompose import decompose_sinks
+    from sinklens.decomposition import SinkDecomposition, Subject
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
@@ -55,10 +57,12 @@ _HOMES = {
     "Flash": "flash_backend",
     "Hooks": "hooks",
     "Sink": "sinkmap",
+    "SinkDecomposition": "decomposition",
     "SinkMap": "sinkmap",
     "SinkScores": "scores",
     "SinklensError": "errors",
     "SinklensWarning": "errors",
+    "Subject": "decomposition",
     "Sweep": "sweep_result",
     "Thresholds": "lives",
     "TokenView": "views",
@@ -73,6 +77,7 @@ _HOMES = {
     "capabilities": "proof",
     "compare_contexts": "contexts",
     "compare_methods": "sinks",
+    "decompose_sinks": "decompose",
     "find_sinks": "sinks",
     "flash": "flash_backend",
     "load_model": "models",
@@ -100,10 +105,12 @@ __all__ = [
     "Flash",
     "Hooks",
     "Sink",
+    "SinkDecomposition",
     "SinkMap",
     "SinkScores",
     "SinklensError",
     "SinklensWarning",
+    "Subject",
     "Sweep",
     "Thresholds",
     "TokenView",
@@ -118,6 +125,7 @@ __all__ = [
     "capabilities",
     "compare_contexts",
     "compare_methods",
+    "decompose_sinks",
     "find_sinks",
     "flash",
     "load_model",

@@ -184,3 +184,29 @@ def score_scale(model: TransformerBridge, layer: int) -> float | None:
 def score_softcap(model: TransformerBridge) -> float | None:
     """The cap c of ``c tanh(s / c)``, where the model has one (Gemma 2)."""
     return getattr(text_config(model), "attn_logit_softcapping", None)
+
+
+def score_projection(
+    model: TransformerBridge, layer: int, which: str
+) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
+    """W and b of the "q" or "k" projection of one layer by head (KV heads for "k"); a missing bias is 0.
+
+    Raises:
+        UnsupportedModelError: the projection is no single matrix per head (MLA).
+    """
+    attention: Any = model.blocks[layer].attn
+    try:
+        weight, bias = getattr(attention, f"W_{which.upper()}"), getattr(attention, f"b_{which.upper()}")
+    except NotImplementedError:
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name}: queries and keys come out of a latent (MLA), not of a matrix per head, so their "
+            f"scores cannot be split into components; ablate_sinks and sink_anatomy work on it"
+        ) from None
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0], weight.shape[2])
+    return weight.detach(), bias.detach().view(weight.shape[0], weight.shape[2])
+
+
+def original(component: Any) -> torch.nn.Module:
+    """The host's own module inside a bridge component; calling it fires no hook."""
+    return getattr(component, "original_component", component)

@@ -105,7 +105,7 @@ def sweep_ablation(
             edited = {e.position for e in slots(places, batch, b)}
             if edited or not places.columns_wanted:
                 one = batch[b].trim().to(str(model.cfg.device))
-                scored = _scored(one, edited, most_scored, seed + b)
+                scored = scored_positions(one, edited, most_scored, seed + b)
                 _measure(one, scored, runner, metrics, base, b)
                 if guess is not None:
                     found = first_order(model, everything, one.ids, scored)
@@ -164,7 +164,8 @@ def _heads(model: TransformerBridge, options: dict[str, Any]) -> list[int]:
     return flat
 
 
-def _scored(one: Tokens, edited: set[int], most: int | None, seed: int) -> Int[Tensor, " scored"]:
+def scored_positions(one: Tokens, edited: set[int], most: int | None, seed: int) -> Int[Tensor, " scored"]:
+    """The positions of one sequence whose predictions are scored: none that is edited, at most ``most`` of them."""
     kept = torch.tensor([p for p in range(int(one.lengths[0]) - 1) if p not in edited], dtype=torch.long)
     if not len(kept):
         raise BadInputError(f"{one.sources[0]} has no position left to score; give longer sequences")

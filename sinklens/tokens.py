@@ -143,6 +143,19 @@ class Tokens:
         mask = torch.arange(columns, device=self.ids.device) < self.lengths[:, None]
         return replace(self, ids=self.ids.gather(1, index), mask=mask, special=self.special.gather(1, index) | ~mask)
 
+    def first(self, columns: int) -> Tokens:
+        """The first ``columns`` tokens of every sequence."""
+        if columns < 1:
+            raise BadInputError(f"first() needs at least one column, got {columns}")
+        batch = self.aligned(int(self.lengths.max()))
+        return replace(
+            batch,
+            ids=batch.ids[:, :columns],
+            mask=batch.mask[:, :columns],
+            special=batch.special[:, :columns],
+            labels=tuple(row[:columns] for row in self.labels),
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the batch, for saving."""
         return {"ids": self.ids, "mask": self.mask, "special": self.special}

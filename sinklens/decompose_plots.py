@@ -1,0 +1,176 @@
+"""Figures of a decomposition: what makes the gap in each head, which components, mass part against value part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from sinklens.errors import BadInputError
+from sinklens.plots import ACCENT, INK, themed
+from sinklens.score_terms import BEYOND, SPLITS
+
+if TYPE_CHECKING:
+    from sinklens.decomposition import SinkDecomposition
+
+WORDS = {
+    "content_content": "content x content",
+    "content_bk": "content x b_K",
+    "bq_content": "b_Q x content",
+    "bq_bk": "b_Q x b_K",
+    "distance": "mean query x mean key (distance)",
+    "key_side": "mean query x the sink's key",
+    "query_distance": "own query x mean key",
+    "query_specific": "own query x the sink's key",
+    "norm": "key norm",
+    "angle": "angle",
+    "covariance": "covariance over the rest",
+    "softcap": "softcap",
+    "position": "position term",
+}
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#999999")  # Okabe and Ito: safe for colour-blind
+MOST_BARS = 48
+GREY = "#7b8794"
+
+
+def gap_bars(found: SinkDecomposition, split: str, kind: str | None) -> go.Figure:
+    """Stacked contributions to the gap; the heads with the largest gap, at most 48, in the order of the layers."""
+    kind = kind or found.kinds[0]
+    table = found.heads(kind)
+    if not len(table):
+        raise BadInputError(f"no {kind} sink is alive in the layers that were taken apart")
+    heads: list[dict[str, Any]] = [row for row in table.to_dict("records") if row["gap"] == row["gap"]]
+    largest = sorted(heads, key=lambda row: -row["gap"])[:MOST_BARS]
+    shown = sorted(largest, key=lambda row: (row["layer"], row["head"]))
+    names = [f"{row['layer']}.{row['head']}" for row in shown]
+    terms = [t for t in (*SPLITS[split], *BEYOND) if any(abs(row[t]) > 1e-6 for row in shown)]
+    figure = go.Figure()
+    for term, colour in zip(terms, COLOURS, strict=False):
+        figure.add_bar(
+            x=names,
+            y=[row[term] for row in shown],
+            name=WORDS[term],
+            marker_color=colour,
+            hovertemplate=f"head %{{x}}<br>{WORDS[term]}: %{{y:.2f}} nats<extra></extra>",
+        )
+    marks = (("gap", "gap", "diamond", INK), ("margin", "margin", "circle-open", ACCENT))
+    for name, words, symbol, colour in marks:
+        figure.add_scatter(
+            x=names,
+            y=[row[name] for row in shown],
+            mode="markers",
+            name=words,
+            marker={"symbol": symbol, "color": colour, "size": 8, "line": {"width": 2, "color": colour}},
+            hovertemplate=f"head %{{x}}<br>{words}: %{{y:.2f}} nats<extra></extra>",
+        )
+    figure.update_layout(barmode="relative", legend={"orientation": "h", "y": -0.22, "x": 0})
+    figure.update_xaxes(title="layer.head", type="category", tickangle=-90, tickfont={"size": 10}, dtick=1)
+    figure.update_yaxes(title="nats, mean over queries and sinks")
+    what = (
+        f"{len(shown)} heads with the largest gap of {len(heads)}" if len(heads) > len(shown) else f"{len(heads)} heads"
+    )
+    title = (
+        f"Why the margin is high: {kind} sinks, by {split}<br><sup>{what}; bars sum to the gap (diamond); margin = gap "
+        f"- log of the rest - peakedness</sup>"
+    )
+    return themed(figure, title, height=520)
+
+
+def component_map(found: SinkDecomposition, kind: str | None) -> go.Figure:
+    """Layer x component: who put the sink's key there."""
+    kind = kind or found.kinds[0]
+    table = found.component_table("key", kind)
+    if not len(table):
+        raise BadInputError(f"no {kind} sink is alive in the layers that were taken apart")
+    order = list(dict.fromkeys(table.component))
+    order = [*(name for name in order if name != "bias"), "bias"]
+    grid = table.pivot(index="layer", columns="component", values="nats").reindex(columns=pd.Index(order))
+    strongest = float(grid.abs().to_numpy()[~grid.isna().to_numpy()].max())
+    figure = go.Figure(
+        go.Heatmap(
+            z=grid.to_numpy(),
+            x=order,
+            y=list(grid.index),
+            colorscale="RdBu_r",
+            zmid=0,
+            zmin=-strongest,
+            zmax=strongest,
+            colorbar={"title": "nats", "outlinewidth": 0},
+            hovertemplate="layer %{y}, %{x}: %{z:.2f} nats of the gap<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="component whose output stands in the sink's key", showgrid=False, tickangle=-90)
+    figure.update_xaxes(tickfont={"size": 9}, dtick=1)
+    figure.update_yaxes(title="layer whose heads read it", showgrid=False)
+    title = (
+        f"Who writes what the heads read: {kind} sinks<br><sup>parts of the gap (key side), mean over heads; blank: "
+        f"comes later</sup>"
+    )
+    return themed(figure, title, height=max(360, 170 + 15 * len(grid.index)))
+
+
+def plane(found: SinkDecomposition, metric: str) -> go.Figure:
+    """Mass part against value part: a dot per head, else per layer; hollow where estimated to first order."""
+    square = next((found.effects[s] for s in ("head", "layer", "all") if s in found.effects), None)
+    if square is None:
+        raise BadInputError("this decomposition has no 2x2: decompose_sinks(..., effects=('all', 'layer', 'head'))")
+    table = square.to_dataframe()
+    if metric not in set(table.metric):
+        metric = str(table.metric.iloc[0])
+    rows: list[dict[str, Any]] = [
+        r for r in table.to_dict("records") if r["metric"] == metric and r["mass_part"] == r["mass_part"]
+    ]
+    figure = go.Figure()
+    for exact, words in ((True, "measured"), (False, "first-order estimate")):
+        chosen = [r for r in rows if r["exact"] == exact]
+        if not chosen:
+            continue
+        names = [
+            f"head {int(r['layer'])}.{int(r['head'])}"
+            if square.scope == "head"
+            else f"layer {int(r['layer'])}"
+            if square.scope == "layer"
+            else "all heads"
+            for r in chosen
+        ]
+        figure.add_scatter(
+            x=[r["mass_part"] for r in chosen],
+            y=[r["value_part"] for r in chosen],
+            text=names,
+            customdata=[[r["interaction"], r["total"]] for r in chosen],
+            mode="markers",
+            name=words,
+            marker={"color": ACCENT if exact else GREY, "symbol": "circle" if exact else "circle-open", "size": 8},
+            error_x=_bars(chosen, "mass_part") if exact else None,
+            error_y=_bars(chosen, "value_part") if exact else None,
+            hovertemplate=(
+                "%{text}<br>mass part %{x:.4f}, value part %{y:.4f}<br>interaction %{customdata[0]:.4f}, together "
+                "%{customdata[1]:.4f}<extra></extra>"
+            ),
+        )
+    for line in ("add_vline", "add_hline"):
+        getattr(figure, line)(0, line={"color": INK, "width": 1, "dash": "dot"})
+    unit = "nats per token" if metric in ("loss", "kl") else "1 - cos"
+    figure.update_xaxes(title=f"mass part ({metric}, {unit}; negative: lowers it)", zeroline=False)
+    figure.update_yaxes(title="value part", zeroline=False)
+    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"})
+    documents = len(set(square.documents))
+    title = (
+        f"Through its key or through its value?<br><sup>2x2 per {square.scope}, {documents} document(s), "
+        f"{square.length} tokens; parts are not additive</sup>"
+    )
+    return themed(figure, title, height=520, width=720)
+
+
+def _bars(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    known = [r[f"{name}_low"] == r[f"{name}_low"] for r in rows]
+    return {
+        "visible": any(known),
+        "type": "data",
+        "symmetric": False,
+        "array": [r[f"{name}_high"] - r[name] if k else 0 for r, k in zip(rows, known, strict=True)],
+        "arrayminus": [r[name] - r[f"{name}_low"] if k else 0 for r, k in zip(rows, known, strict=True)],
+        "thickness": 1,
+        "width": 0,
+    }
