@@ -48,7 +48,7 @@ MODES = {
     "fixed_logit": {"reference": 2},
 }
 SINKS = (0, 10, 46)
-LONGEST = {"hooks": 4096, "bridge": 4096, "cached patterns": 2048, "output_attentions": 2048}
+LONGEST = {"hooks": 8192, "bridge": 4096, "cached patterns": 2048, "output_attentions": 2048}
 BASE = "sdpa forward"
 
 

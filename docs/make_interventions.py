@@ -27,6 +27,7 @@ ALL_CONTROLS = ("random", "recent", "same_id", "matched")
 SCORED = 128
 SMALL = 0.03
 MARK = "<!-- interventions -->"
+NEXT = "<!-- decompositions -->"
 RECENT = (64, 256)
 
 
@@ -219,8 +220,9 @@ def write(store: Path) -> None:
                     parts.append(in_words(experiment))
                 parts.append(f"Side effects (means over layers and documents):\n\n{side_effects(experiment)}")
     page = Path(__file__).parent / "findings.md"
-    before = page.read_text(encoding="utf-8").split(MARK)[0].rstrip()
-    write_text(page, before + "\n\n" + "\n\n".join(parts) + "\n")
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(MARK)[0].rstrip(), text.partition(NEXT)[2]
+    write_text(page, before + "\n\n" + "\n\n".join(parts) + "\n" + (f"\n{NEXT}{rest}" if rest else ""))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sinklens.bos import patch_bos
     from sinklens.contexts import compare_contexts
     from sinklens.decompose import decompose_sinks
+    from sinklens.decompose_page import write_decomposition
     from sinklens.decomposition import SinkDecomposition, Subject
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.experiment import run_experiment
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from sinklens.sweep_result import Sweep
     from sinklens.sweeps import sweep_ablation
     from sinklens.tokens import Tokens, load_tokens
+    from sinklens.two_by_two import Claims, TwoByTwo
     from sinklens.variants import BosVariants, bos_variants
     from sinklens.views import TokenView, attention_grid, attention_map
 
@@ -53,6 +55,7 @@ _HOMES = {
     "BadInputError": "errors",
     "BosVariants": "variants",
     "Capabilities": "proof",
+    "Claims": "two_by_two",
     "Experiment": "outcome",
     "Flash": "flash_backend",
     "Hooks": "hooks",
@@ -67,6 +70,7 @@ _HOMES = {
     "Thresholds": "lives",
     "TokenView": "views",
     "Tokens": "tokens",
+    "TwoByTwo": "two_by_two",
     "UnsupportedModelError": "errors",
     "ablate_residual": "residual_edits",
     "ablate_sinks": "ablate",
@@ -90,6 +94,7 @@ _HOMES = {
     "swap_attention": "swap",
     "sweep_ablation": "sweeps",
     "token_loss": "metrics",
+    "write_decomposition": "decompose_page",
     "write_experiment": "experiment_page",
     "write_scan": "scan",
     "write_sinks": "sink_page",
@@ -101,6 +106,7 @@ __all__ = [
     "BadInputError",
     "BosVariants",
     "Capabilities",
+    "Claims",
     "Experiment",
     "Flash",
     "Hooks",
@@ -115,6 +121,7 @@ __all__ = [
     "Thresholds",
     "TokenView",
     "Tokens",
+    "TwoByTwo",
     "UnsupportedModelError",
     "ablate_residual",
     "ablate_sinks",
@@ -138,6 +145,7 @@ __all__ = [
     "swap_attention",
     "sweep_ablation",
     "token_loss",
+    "write_decomposition",
     "write_experiment",
     "write_scan",
     "write_sinks",

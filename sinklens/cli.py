@@ -26,6 +26,7 @@ from sinklens.cli_common import (
     source_of,
     stdout,
 )
+from sinklens.cli_decompose import decompose
 from sinklens.cli_interventions import ablate, bos
 from sinklens.embedded import CATALOGUE, DEFAULT_MODEL
 from sinklens.errors import BadInputError
@@ -192,6 +193,7 @@ def _number(value: float) -> str:
 
 app.command()(ablate)
 app.command()(bos)
+app.command()(decompose)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def decompose_sinks(
         model: from :func:`sinklens.load_model`.
         tokens: the sequences; intervals need 16 documents.
         sinks: a SinkMap of these tokens, positions, or a predicate on the ids; default :func:`sinklens.find_sinks`.
-        layers: which to take apart; default all.
+        layers: which to take apart; default, for each sink, those of its life.
         reference: sequences for the mean query and key; default the other documents of ``tokens``, or 16 of python-docs
             where there is only one.
         effects: the 2x2 for "all" heads at once (with the tests of the four claims), for every "layer" by itself, for
@@ -112,7 +112,7 @@ def decompose_sinks(
     where, others = (batch, places) if own else reference_places(model, places, reference)
     means = gather_means(model, where, [_apart(others, where, b) for b in range(len(where))], progress=progress)
     notes = [] if means.documents_of(batch) > 1 else ["mean queries and keys come from python-docs or reference="]
-    reading = _Reading(model, batch, subjects, chosen, means)
+    reading = _Reading(model, batch, subjects, chosen, means, everywhere=layers is not None)
     with progress_bar("decomposition", len(batch), progress) as advance:
         for b in range(len(batch)):
             reading.run(b, _apart(places, batch, b))
@@ -221,7 +221,10 @@ class _Reading:
         subjects: Sequence[Subject],
         layers: Sequence[int],
         means: MeanInputs,
+        *,
+        everywhere: bool,
     ) -> None:
+        self.everywhere = everywhere
         self.model, self.tokens, self.subjects, self.layers, self.means = model, tokens, subjects, tuple(layers), means
         self.facts = capabilities(model)
         shape = (len(subjects), len(layers), self.facts.n_heads)
@@ -277,8 +280,9 @@ class _Reading:
                 if layer == 0:
                     found = {name: flat(seen[name], length) for name in self.embeddings if name in seen}
                     contributions.begin(x, found)
-                if layer in self.layers:
-                    self._layer(layer, mine, apart, rest, seen | {"resid_pre": x}, contributions, mean_q, mean_k)
+                wanted = [s for s in mine if self._wants(s, layer)]
+                if wanted:
+                    self._layer(layer, wanted, apart, rest, seen | {"resid_pre": x}, contributions, mean_q, mean_k)
                 parts = {p: flat(seen[p], length) for p in self.inside if p in seen}
                 contributions.add(layer, {**parts, "hook_in": x, "hook_out": flat(output.detach(), length)})
                 for name in [n for n in seen if n not in self.embeddings]:
@@ -289,7 +293,8 @@ class _Reading:
         hooks: list[Any] = [(name, keep(name)) for name in self.embeddings]
         for layer in range(self.facts.n_layers):
             hooks.append((block_input(layer), keep("block in")))
-            hooks += [(attention_hook(layer, p), keep(p)) for p in self.points if layer in self.layers]
+            if any(self._wants(s, layer) for s in mine):
+                hooks += [(attention_hook(layer, p), keep(p)) for p in self.points]
             hooks += [(f"blocks.{layer}.{p}", keep(p)) for p in self.inside]
             hooks.append((block_output(layer), describe(layer)))
         hooks += self.logits.hooks()
@@ -297,6 +302,9 @@ class _Reading:
         self.logits.end(self.values)
         if len(contributions.names) > len(self.components):
             self.components = list(contributions.names)
+
+    def _wants(self, s: int, layer: int) -> bool:
+        return layer in self.layers and (self.everywhere or layer in self.subjects[s].layers)
 
     def _layer(
         self,

@@ -7,10 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from sinklens.outcome import Experiment
-from sinklens.pages import manifest, render
+from sinklens.pages import html_table, manifest, render
 from sinklens.results import atomic_path, write_text
 
 
@@ -42,16 +40,10 @@ def write_experiment(
         experiment=experiment,
         title=title,
         model=experiment.info["capabilities"]["model"],
-        effects=_table(effects),
-        side=_table(side),
+        effects=html_table(effects),
+        side=html_table(side),
         manifest=json.dumps(facts, indent=1),
     )
     write_text(folder / "experiment.html", page)
     names = ("experiment.html", "effects.csv", "side_effects.csv", "experiment.safetensors", "manifest.json")
     return {name: folder / name for name in names}
-
-
-def _table(frame: pd.DataFrame) -> str:
-    """An HTML table with short numbers, without empty columns; text escaped by pandas."""
-    known = frame.dropna(axis=1, how="all")
-    return known.to_html(index=False, border=0, na_rep="", float_format=lambda value: f"{value:.4f}")

@@ -231,6 +231,7 @@ def _proven(
         d_head = sides["k"].content.shape[-1]
         candidates = rotations(cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), d_head)
     best, smallest = None, float("inf")
+    limit = 5e-2 if model.cfg.dtype in (torch.bfloat16, torch.float16) else TOLERANCE
     known = score_scale(model, layer)
     scales = [scoring.scale, 1.0] if known is None else [known]  # GPT-Neo has no scale and no field that says so
     for rotation, scale in itertools.product(candidates, scales):
@@ -245,7 +246,8 @@ def _proven(
                 scores, gap = with_slopes, slope_gap
         if gap < smallest:
             best, smallest = scores, gap
-    limit = 5e-2 if model.cfg.dtype in (torch.bfloat16, torch.float16) else TOLERANCE
+        if smallest <= limit:
+            break
     if best is None or not smallest <= limit:
         raise UnsupportedModelError(
             f"{model.cfg.model_name}: the scores of layer {layer}, rebuilt from queries and keys, miss the host's by "

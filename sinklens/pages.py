@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader
 
@@ -39,3 +40,9 @@ def render(template: str, figures: Sequence[tuple[go.Figure, str]], **content: A
     ]
     environment = Environment(loader=PackageLoader("sinklens"), autoescape=True)
     return environment.get_template(template).render(figures=plots, **content)
+
+
+def html_table(frame: pd.DataFrame) -> str:
+    """An HTML table with short numbers, without empty columns; text escaped by pandas."""
+    known = frame.dropna(axis=1, how="all")
+    return known.to_html(index=False, border=0, na_rep="", float_format=lambda value: f"{value:.4f}")

@@ -1,0 +1,215 @@
+"""Measure the third part of docs/findings.md: sinks taken apart, key or value, four claims.
+
+    python docs/make_decompositions.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
+    python docs/make_decompositions.py write STORE         # tables from all finished pieces
+
+Every document of python-docs with at least 256 tokens, the first 512 of each; layers and heads one by one on the first
+16 of them. At most 128 predictions per document are scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import sinklens as sl
+from sinklens.results import write_text
+
+MODELS = ("smollm2-135m", "gemma3-270m", "minilm-l6")
+KINDS = ("primary", "secondary")
+SCORED = 128
+FEW = 16
+MARK = "<!-- decompositions -->"
+NUMBERS = (
+    "margin", "gap", "log_rest", "peakedness", "distance", "key_side", "query_distance", "query_specific", "norm",
+    "angle", "covariance", "bq_content", "content_bk", "bq_bk", "k_norm", "k_norm_rest", "cosine", "cosine_rest",
+    "bias_error", "mass", "written", "written_rest", "value_ratio", "off_manifold", "same_elsewhere", "residual_share",
+    "logit_target", "logit_rms",
+)  # fmt: skip
+
+
+def run(name: str, store: Path, wanted: list[str]) -> None:
+    """One model's pieces; a piece that is there already is left alone."""
+    warnings.simplefilter("ignore", sl.SinklensWarning)
+    torch.set_num_threads(1)
+    model = sl.load_model(name)
+    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+    sinks = sl.find_sinks(model, tokens)
+    first = [b for b in range(len(tokens)) if any(s.sequence == b for s in sinks.primary)][:FEW]
+    few = tokens[first]
+    pieces: dict[str, Any] = {
+        kind: lambda kind=kind: sl.decompose_sinks(model, tokens, sinks.where(kind=kind), most_scored=SCORED)
+        for kind in KINDS
+        if len(sinks.where(kind=kind))
+    }
+    pieces["layers and heads"] = lambda: sl.decompose_sinks(
+        model, few, sl.find_sinks(model, few).primary, layers=[0], effects=("all", "layer", "head"), most_scored=SCORED
+    )
+    for piece, make in pieces.items():
+        path = store / f"{name}-{piece.replace(' ', '-')}.safetensors"
+        if (not wanted or piece in wanted) and not path.is_file():
+            make().save(path)
+
+
+def table(frame: pd.DataFrame) -> str:
+    """A Markdown table."""
+    rows = frame.to_dict("records")
+    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
+    lines += ["| " + " | ".join(shown(value) for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    """A cell."""
+    return "-" if value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def between(row: dict[str, Any], name: str = "") -> str:
+    """A mean with its interval."""
+    keys = (name, f"{name}_low", f"{name}_high") if name else ("mean", "low", "high")
+    mean, low, high = (row[key] for key in keys)
+    return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low == low else "")
+
+
+def numbers(found: sl.SinkDecomposition, kind: str) -> str:
+    """Means over a kind's sinks."""
+    rows = {row["number"]: row for row in found.means(kind).to_dict("records")}
+    lines = ["| number | mean over sinks |", "|---|---|"]
+    lines += [f"| {name} | {between(rows[name])} |" for name in NUMBERS if name in rows and rows[name]["mean"] != 0]
+    return "\n".join(lines)
+
+
+def heads(found: sl.SinkDecomposition, kind: str) -> str:
+    """Bias shares, classes, and the heads that stand out."""
+    per_head = found.heads(kind)
+    share = per_head.bias_share.dropna()
+    quartiles = ", ".join(f"{share.quantile(q):.2f}" for q in (0.25, 0.5, 0.75)) if len(share) else "-"
+    classes = ", ".join(f"{count} {name}" for name, count in per_head["class"].value_counts().items())
+    rows = sorted(per_head.to_dict("records"), key=lambda r: -r["gap"])[:8]
+    names = ["class", "gap", "margin", "key_side", "distance", "query_specific", "bias_share", "mass", "value_ratio"]
+    top = pd.DataFrame([{"head": f"{r['layer']}.{r['head']}"} | {n: r[n] for n in names} for r in rows])
+    return (
+        f"Bias share, median per head: quartiles {quartiles} over {len(share)} of {len(per_head)} heads (the others "
+        f"have a mean sigma below 0.05 or a standard deviation below 0.02); above 0.5 in {int((share > 0.5).sum())}, "
+        f"below 0 in {int((share < 0).sum())}. Classes: {classes}.\n\nThe heads with the largest gap:\n\n{table(top)}"
+    )
+
+
+def components(found: sl.SinkDecomposition, kind: str) -> str:
+    """The components that stand in the sink's key: per layer the two with the largest parts."""
+    rows = found.component_table("key", kind).to_dict("records")
+    lines = ["| layer | raises the score | lowers it |", "|---|---|---|"]
+    for layer in sorted({r["layer"] for r in rows}):
+        mine = sorted((r for r in rows if r["layer"] == layer), key=lambda r: -r["nats"])
+        up, down = mine[:2], [r for r in mine[::-1][:1] if r["nats"] < 0]
+        cells = ["; ".join(f"{r['component']} {r['nats']:+.2f}" for r in part) for part in (up, down)]
+        lines.append(f"| {layer} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def square(effect: sl.TwoByTwo) -> str:
+    """The 2x2 of all heads at once."""
+    lines = ["| metric | mass part | value part | interaction | together | mass share |", "|---|---|---|---|---|---|"]
+    for row in effect.to_dataframe().to_dict("records"):
+        cells = [between(row, part) for part in ("mass_part", "value_part", "interaction", "total")]
+        lines.append(f"| {row['metric']} | {' | '.join(cells)} | {shown(row['mass_share'])} |")
+    return "\n".join(lines)
+
+
+def claims(found: sl.SinkDecomposition) -> str:
+    """The four claims."""
+    assert found.claims is not None
+    lines = ["| claim | test | effect | of | verdict |", "|---|---|---|---|---|"]
+    for row in found.claims.to_dataframe().to_dict("records"):
+        effect = between({"mean": row["effect"], "low": row["low"], "high": row["high"]})
+        lines.append(f"| {row['claim']} | {row['test']} | {effect} | {between(row, 'removal')} | {row['verdict']} |")
+    return "\n".join(lines)
+
+
+def one_by_one(found: sl.SinkDecomposition) -> str:
+    """Layers and heads: the largest mass and value parts, and how far the sums are from the whole."""
+    lines = []
+    for scope in ("layer", "head"):
+        effect = found.effects[scope]
+        metric = next(iter(effect.values))
+        rows = [r for r in effect.to_dataframe().to_dict("records") if r["metric"] == metric and r["exact"]]
+        for part in ("mass_part", "value_part"):
+            certain = [r for r in rows if r[f"{part}_low"] > 0 or r[f"{part}_high"] < 0]
+            top = sorted(certain, key=lambda r: -abs(r[part]))[:5]
+            where = (lambda r: f"{r['layer']}.{r['head']}") if scope == "head" else (lambda r: f"{r['layer']}")
+            named = "; ".join(f"{where(r)} {between(r, part)}" for r in top)
+            words = f"{part.replace('_', ' ')} per {scope} ({metric})"
+            told = f"{len(certain)} of {len(rows)} measured differ from 0" + (
+                f"; the largest: {named}" if named else ""
+            )
+            lines.append(f"- {words}: {told}")
+        if scope == "layer":
+            for row in effect.additive_gap(found.effects["all"]).to_dict("records"):
+                if row["metric"] == metric and row["part"] in ("mass_part", "value_part"):
+                    words = f"- summed over layers the {row['part'].replace('_', ' ')} is {row['summed']:+.4f}, all at"
+                    lines.append(f"{words} once {row['all_at_once']:+.4f}: not additive by {between(row, 'gap')}")
+    return "\n".join(lines)
+
+
+def write(store: Path) -> None:
+    """Put the tables of all finished pieces into docs/findings.md, behind the interventions."""
+    parts = [
+        MARK,
+        "# Sinks taken apart",
+        f"Written by `python docs/make_decompositions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
+        f"of `python-docs` with at least 256 tokens, the first 512 of each; at most {SCORED} predictions per document "
+        f"are scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens). Numbers are means "
+        "over the queries at least 16 tokens away, heads and layers of each sink's life, then over sinks; intervals: "
+        "95 % BCa over documents. Parts of the loss are Shapley values: negative, the model is better for having it. "
+        "The models are 4-bit GGUF weights, dequantised (MiniLM: safetensors).",
+    ]
+    for name in MODELS:
+        for kind in KINDS:
+            path = store / f"{name}-{kind}.safetensors"
+            if not path.is_file():
+                continue
+            found = sl.SinkDecomposition.load(path)
+            documents = len({s.document for s in found.subjects})
+            parts += [
+                f"## {name}: {len(found.subjects)} {kind} sinks in {documents} documents",
+                numbers(found, kind),
+                heads(found, kind),
+                "Who stands in the sink's key (nats of the gap, mean over heads):\n\n" + components(found, kind),
+                "All heads at once:\n\n" + square(found.effects["all"]),
+                claims(found),
+            ]
+            parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
+        path = store / f"{name}-layers-and-heads.safetensors"
+        if path.is_file():
+            parts += [f"### {name}: layer by layer, head by head", one_by_one(sl.SinkDecomposition.load(path))]
+    page = Path(__file__).parent / "findings.md"
+    before = page.read_text(encoding="utf-8").split(MARK)[0].rstrip()
+    write_text(page, before + "\n\n" + "\n\n".join(parts) + "\n")
+
+
+def main() -> None:
+    """Run, or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("model", choices=MODELS)
+    runner.add_argument("store", type=Path)
+    runner.add_argument("--only", nargs="*", default=[], choices=[*KINDS, "layers and heads"])
+    writer = commands.add_parser("write")
+    writer.add_argument("store", type=Path)
+    options = parser.parse_args()
+    if options.command == "run":
+        options.store.mkdir(parents=True, exist_ok=True)
+        run(options.model, options.store, options.only)
+    else:
+        write(options.store)
+
+
+if __name__ == "__main__":
+    main()
