@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--model smollm2-135m] [--tokens 512 1024 2048] [--rounds 3] [--threads 1]
                                    [--only NAME ...] [--json FILE]
-    python benchmarks/attention.py --draw FILE.json ... --out attention.png
+    python benchmarks/attention.py --draw FILE.json ... --out attention.png [--only NAME ...]
 
 Every contender runs in this process, in turn (A B C A B C); ratios of medians of CPU time, and the peak of resident
 memory beside what was resident before. The base is the plain Hugging Face model with sdpa, without the unembedding.
@@ -171,7 +171,7 @@ def compare(name: str, length: int, rounds: int, only: list[str], cuda: bool) ->
     }
 
 
-def draw(files: list[Path], out: Path) -> None:
+def draw(files: list[Path], out: Path, only: list[str]) -> None:
     """Cost against T on logarithmic axes, in units of the base at the shortest T, with the exponents of a fit."""
     import plotly.graph_objects as go
 
@@ -184,7 +184,7 @@ def draw(files: list[Path], out: Path) -> None:
     unit = points[BASE][min(points[BASE])]
     figure = go.Figure()
     for key, numbers in points.items():
-        if len(numbers) < 3:
+        if len(numbers) < 3 or (only and key != BASE and not any(o in key for o in only)):
             continue
         x, y = zip(*sorted((t, cpu / unit) for t, cpu in numbers.items()), strict=True)
         logs = [math.log(t) for t in x], [math.log(c) for c in y]
@@ -192,7 +192,7 @@ def draw(files: list[Path], out: Path) -> None:
         figure.add_trace(go.Scatter(x=x, y=y, mode="lines+markers", name=f"{key}: T^{slope:.2f}"))
     figure.update_xaxes(title="tokens T", type="log", tickvals=sorted(points[BASE]))
     figure.update_yaxes(
-        title="CPU time (sdpa forward at the shortest T = 1)", type="log", tickvals=[1, 2, 5, 10, 20, 50]
+        title="CPU time (sdpa forward at the shortest T = 1)", type="log", tickvals=[1, 2, 5, 10, 20, 50, 100, 200]
     )
     themed(figure, "Cost against length, with the exponent of a power law", height=520, width=900)
     figure.write_html(out) if out.suffix == ".html" else figure.write_image(out, scale=2)
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("attention.png"))
     options = parser.parse_args()
     if options.draw:
-        draw(options.draw, options.out)
+        draw(options.draw, options.out, options.only)
         return
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
