@@ -29,7 +29,17 @@ from sinklens.cli_interventions import KINDS, numbers
 from sinklens.embedded import DEFAULT_MODEL
 from sinklens.errors import BadInputError
 
-SHOWN = ("margin", "gap", "distance", "key_side", "query_distance", "query_specific", "bias_share", "written")
+SHOWN = {
+    "margin": "margin",
+    "gap": "gap",
+    "distance": "dist",
+    "key_side": "key",
+    "query_distance": "q.dist",
+    "query_specific": "q.key",
+    "bias_share": "bias",
+    "mass": "mass",
+    "value_ratio": "value",
+}
 
 
 @friendly
@@ -78,5 +88,10 @@ def decompose(
             cells = [f"{row[column]:.2f}" for column in SHOWN]
             table.add_row(f"{row['layer']}.{row['head']}", row["class"], *cells)
         stdout.print(table)
+    stdout.print(
+        "gap = dist + key + q.dist + q.key (mean query x mean key, x the sink's key; each query's own part x either); "
+        "bias: bias share; value: length of what it writes, of the usual",
+        highlight=False,
+    )
     if out is not None:
         say_written(sl.write_decomposition(result, out, command=["sinklens", *sys.argv[1:]]))

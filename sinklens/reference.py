@@ -29,6 +29,7 @@ from sinklens.partition import Partition
 from sinklens.places import Places, find_places
 from sinklens.proof import Capabilities, capabilities
 from sinklens.running import run_blocks
+from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.tokens import Tokens, as_tokens, load_tokens
 
@@ -39,6 +40,7 @@ LONGEST_TABLE = 2048  # positions that a predicate may reach
 
 
 _kept: WeakKeyDictionary[TransformerBridge, OrderedDict[Any, Reference]] = WeakKeyDictionary()
+_maps: WeakKeyDictionary[TransformerBridge, OrderedDict[str, SinkMap]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,9 +199,20 @@ def reference_places(
     if batch.digest == own.digest:
         return own, places
     kinds = {entry.group for entry in places.entries}
-    sinks = find_sinks(model, batch, progress=False)
+    sinks = _sinks_of(model, batch)
     same = replace(sinks, sinks=tuple(s for s in sinks if s.kind in kinds))
     return batch, find_places(same)
+
+
+def _sinks_of(model: TransformerBridge, batch: Tokens) -> SinkMap:
+    """The reference's sinks; the latest few maps are kept, since several edits of an experiment ask for the same."""
+    kept = _maps.setdefault(model, OrderedDict())
+    if batch.digest not in kept:
+        kept[batch.digest] = find_sinks(model, batch, progress=False)
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
+    found = kept[batch.digest]
+    return replace(found, tokens=batch)
 
 
 def _look(

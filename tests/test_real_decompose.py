@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,12 @@ def test_minilm_has_an_embedding_and_no_loss(minilm: TransformerBridge, text_a: 
 
 
 def test_command_line_writes_the_page_and_tables(tmp_path: Path, text_a: str) -> None:
-    out = tmp_path / "out"
-    arguments = ["decompose", "--text", "-", "--kind", "secondary", "--layers", "3-10", "--out", str(out)]
-    code, shown = run(*arguments, input=text_a)
+    out, texts = tmp_path / "out", tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in (text_a, text_a + " Again.")))
+    arguments = ["decompose", "--text", str(texts), "--kind", "secondary", "--layers", "3-10", "--out", str(out)]
+    code, shown = run(*arguments)
     assert code == 0, shown
-    assert "undecided" in shown  # one text decides nothing
+    assert "undecided" in shown  # two texts decide nothing
     names = {"decomposition.html", "heads.csv", "sinks.csv", "components.csv", "effects.csv", "claims.csv"}
     assert {p.name for p in out.iterdir()} == names | {"decomposition.safetensors", "manifest.json"}
     assert len(pd.read_csv(out / "heads.csv")) == 8 * 9
