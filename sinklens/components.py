@@ -48,11 +48,13 @@ class Contributions:
 
     Attributes:
         names: the components so far.
+        latest: what the last block's attention and MLP added, before any norm that stands on the stream.
     """
 
     def __init__(self, model: TransformerBridge) -> None:
         self.model = model
         self.names: list[Component] = []
+        self.latest: dict[Component, Float[Tensor, "pos d_model"]] = {}
         self._parts: list[Float[Tensor, "pos d_model"]] = []
 
     def stack(self) -> Float[Tensor, "component pos d_model"]:
@@ -73,6 +75,7 @@ class Contributions:
         Raises:
             UnsupportedModelError: the block is no sum of its parts in any way that is known.
         """
+        self.latest = {}
         x, y = seen["hook_in"], seen["hook_out"]
         attention = seen.get("ln1_post.hook_out", seen["attn.hook_out"])
         mlp = seen.get("ln2_post.hook_out", seen["mlp.hook_out"])
@@ -103,6 +106,7 @@ class Contributions:
             if part is not None:
                 self.names.append((kind, layer))
                 self._parts.append(part)
+                self.latest[kind, layer] = part
 
     def _through(self, layer: int, name: str, x: Tensor, y: Tensor) -> None:
         norm = frozen_norm(original(getattr(self.model.blocks[layer], name)), x, y)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.anatomy import stable_rank
-from sinklens.attention import attention_hook, block_input, block_output, original, output_weights, value_bias
-from sinklens.components import EMBEDDINGS, INSIDE, Component, Contributions
+from sinklens.attention import attention_hook, original, output_weights, value_bias
+from sinklens.components import Component, Contributions
 from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
@@ -34,9 +34,12 @@ from sinklens.score_terms import PARAMETERS, far_queries, key_weights, query_wei
 from sinklens.selection import Layers, select
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
+from sinklens.stream_parts import flat, stream_hooks
 from sinklens.tokens import Tokens, as_tokens
 from sinklens.two_by_two import Claims, TwoByTwo
 from sinklens.written import numbers, written
+
+POST_NORM = ("ln1_post.hook_in", "ln1_post.hook_out")
 
 
 def decompose_sinks(
@@ -235,9 +238,7 @@ class _Reading:
         self.notes: list[str] = []
         self.held: list[_Held] = []
         self.weights: dict[int, tuple[Tensor, Tensor] | None] = {}
-        self.inside = [point for point in INSIDE if has_hook(model, f"blocks.0.{point}")]
         self.points = points_of(model)
-        self.embeddings = [name for name in EMBEDDINGS if has_hook(model, name)]
         self.logits = LogitEffects(model, self.facts)
 
     @property
@@ -274,29 +275,18 @@ class _Reading:
 
             return hook
 
-        def describe(layer: int) -> Any:
-            def hook(output: Tensor, hook: Any) -> None:
-                x = flat(seen["block in"], length)
-                if layer == 0:
-                    found = {name: flat(seen[name], length) for name in self.embeddings if name in seen}
-                    contributions.begin(x, found)
-                wanted = [s for s in mine if self._wants(s, layer)]
-                if wanted:
-                    self._layer(layer, wanted, apart, rest, seen | {"resid_pre": x}, contributions, mean_q, mean_k)
-                parts = {p: flat(seen[p], length) for p in self.inside if p in seen}
-                contributions.add(layer, {**parts, "hook_in": x, "hook_out": flat(output.detach(), length)})
-                for name in [n for n in seen if n not in self.embeddings]:
-                    del seen[name]
+        def before(layer: int, x: Tensor) -> None:
+            wanted = [s for s in mine if self._wants(s, layer)]
+            if wanted:
+                self._layer(layer, wanted, apart, rest, seen | {"resid_pre": x}, contributions, mean_q, mean_k)
+            seen.clear()
 
-            return hook
-
-        hooks: list[Any] = [(name, keep(name)) for name in self.embeddings]
+        hooks: list[Any] = []
         for layer in range(self.facts.n_layers):
-            hooks.append((block_input(layer), keep("block in")))
             if any(self._wants(s, layer) for s in mine):
                 hooks += [(attention_hook(layer, p), keep(p)) for p in self.points]
-            hooks += [(f"blocks.{layer}.{p}", keep(p)) for p in self.inside]
-            hooks.append((block_output(layer), describe(layer)))
+                hooks += [(f"blocks.{layer}.{p}", keep(p)) for p in POST_NORM if has_hook(self.model, "blocks.0." + p)]
+        hooks += stream_hooks(self.model, length, contributions, before)
         hooks += self.logits.hooks()
         run_blocks(self.model, one.ids, hooks, until=self.logits.until)
         self.logits.end(self.values)
@@ -423,9 +413,3 @@ def _residual_share(
         added = norm.at(queries).linear(added)
     share = (added.norm(dim=-1) / x[queries].norm(dim=-1).clamp(min=1e-30)).mean()
     return share.expand(attention.shape[0])
-
-
-def flat(tensor: Tensor, length: int) -> Float[Tensor, "pos d"]:
-    """A hook's tensor of one sequence without its batch axis, float32 at least."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.reshape(length, -1).to(wide)

@@ -274,8 +274,8 @@ class SinkMap:
         tensors, meta = load_tensors(path, "SinkMap")
         batch = {n.removeprefix("tokens."): t for n, t in tensors.items() if n.startswith("tokens.")}
         return cls(
-            sinks=tuple(_sink_from_json(s) for s in meta["sinks"]),
-            unattended=tuple(_sink_from_json(s) for s in meta["unattended"]),
+            sinks=tuple(sink_from_json(s) for s in meta["sinks"]),
+            unattended=tuple(sink_from_json(s) for s in meta["unattended"]),
             strongest=tuple(meta["strongest"]),
             places=tuple((int(a), int(b)) for a, b in meta["places"]),
             mass=tensors["mass"],
@@ -288,7 +288,8 @@ class SinkMap:
         )
 
 
-def _sink_from_json(content: dict[str, Any]) -> Sink:
+def sink_from_json(content: dict[str, Any]) -> Sink:
+    """A sink from its fields as JSON holds them."""
     episodes = tuple((int(a), int(b), float(m)) for a, b, m in content["episodes"])
     heads = tuple((int(a), int(b)) for a, b in content["heads"])
     return Sink(**{**content, "episodes": episodes, "heads": heads, "masses": tuple(content["masses"])})

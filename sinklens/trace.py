@@ -1,0 +1,256 @@
+"""``trace_sinks``: which layers write a sink and which erase it, by projection and by replacement.
+
+Direction ``u_l = unit(x_P - mu_l)`` of the primary in *other* documents, at the reference layer of a phase of the traced
+sink's life (where its mass is largest); x_ref: the traced sink's own stream there. Contribution ``<out, u>``, share
+``<out, u> / <x_ref, u>``: the shares of what was written before the reference layer sum to 1. A bridged life has one phase
+per run of active layers. Source: docs/definitions.md, section 5; Wong et al. 2025 for what is asked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from sinklens.components import Component
+from sinklens.console import progress_bar
+from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.lives import activity
+from sinklens.proof import capabilities, same_model
+from sinklens.reference import DEFAULT_SEQUENCES
+from sinklens.sinkmap import Sink, SinkMap
+from sinklens.sinks import find_sinks
+from sinklens.stream_parts import StreamParts, stream_parts
+from sinklens.tokens import Tokens, as_tokens, load_tokens
+from sinklens.trace_causes import Causes
+from sinklens.trace_result import Phase, SinkTrace, Traced
+
+REPLACEMENTS = ("same_id", "zero", "mean", "project")
+
+
+def trace_sinks(
+    model: TransformerBridge,
+    tokens: str | Sequence[str] | Tensor | Tokens,
+    sinks: SinkMap | None = None,
+    *,
+    reference: str | Sequence[str] | Tensor | Tokens | None = None,
+    causal: bool = True,
+    replacements: Sequence[str] = REPLACEMENTS,
+    doses: Sequence[float] = (),
+    loss: bool = False,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> SinkTrace:
+    """Trace every sink of a map to the components that write and erase it.
+
+    Args:
+        model: from :func:`sinklens.load_model`.
+        tokens: the sequences.
+        sinks: their sinks by attention (a filtered map traces only its own); default :func:`sinklens.find_sinks`.
+        reference: further sequences for the direction and for tokens of the same id that are no sink, used where
+            ``tokens`` hold none in another document; default 16 of python-docs.
+        causal: prove writers by replacing what they write at the sink.
+        replacements: of a writer's output at the sink: "same_id" (its mean over tokens of the same id that are no
+            sink; the verdict's), "zero", "mean" (over ordinary tokens), "project" (its part along u removed).
+        doses: also rescale the writer's output at the sink by these factors.
+        loss: measure the change of loss of every replacement too.
+        seed: of the controls' draws.
+        progress: show bars.
+
+    Cost: one forward per sequence and, with ``causal``, about one row of a batch per component up to the last writer of
+    each phase. Memory: (2 L + 2) x d_model floats per sink and per token of a sink's id.
+
+    Raises:
+        BadInputError: sinks of other tokens or found by another method; no primary (or strong) sink anywhere to take a
+            direction from; unknown replacements.
+        UnsupportedModelError: what components write cannot be told apart or replaced.
+    """
+    facts = capabilities(model)
+    wrong = set(replacements) - set(REPLACEMENTS)
+    if wrong:
+        raise BadInputError(f"replacements must be of {', '.join(REPLACEMENTS)}, got {sorted(wrong)}")
+    batch = as_tokens(model, tokens).to("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SinklensWarning)
+        found = find_sinks(model, batch, progress=progress) if sinks is None else sinks
+    if found.tokens.digest != batch.digest or found.method != "attention" or not same_model(found.info, facts):
+        raise BadInputError("sinks must be those that attention shows in these very tokens, in this model")
+    info = {"model": facts.model, "sinklens": version("sinklens"), "seed": seed, "capabilities": asdict(facts)}
+    if not len(found):
+        return SinkTrace((), (), (), batch, tuple(found.notes), info)
+    own = Looked(model, found, progress=progress)
+    notes: list[str] = []
+    extra = _reference(model, own, reference, notes, progress)
+    traced = [one for s, sink in enumerate(found) for one in _contributions(own, extra, s, sink, phases(found, sink))]
+    rows: list[dict[str, Any]] = []
+    if causal:
+        causes = Causes(model, own, extra, replacements, doses, loss=loss, seed=seed)
+        with progress_bar("replacing what components write", len(traced), progress) as advance:
+            for one in traced:
+                rows += causes.of(one)
+                advance()
+        notes += causes.notes
+    return SinkTrace(tuple(traced), tuple(rows), tuple(found), batch, tuple(dict.fromkeys(notes)), info)
+
+
+def phases(found: SinkMap, sink: Sink) -> list[Phase]:
+    """The runs of active layers of a sink's life; the reference layer is where its mass is largest."""
+    length = found.mass.shape[-1]
+    assert sink.position < length
+    active = activity(
+        found.mass[sink.sequence, :, sink.position], found.uniform[sink.sequence, :, sink.position], found.thresholds
+    )
+    runs: list[list[int]] = []
+    for layer in range(sink.onset, sink.end + 1):
+        if bool(active[layer]):
+            if runs and runs[-1][-1] == layer - 1:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+    return [Phase(r[0], r[-1], max(r, key=lambda layer: sink.masses[layer])) for r in runs]
+
+
+class Looked:
+    """One pass over the sequences of a map: what is written at its sinks, at tokens of their ids, and everywhere.
+
+    Attributes:
+        found: the map.
+        parts: per sequence.
+        positions: which positions of each sequence ``parts`` holds.
+    """
+
+    def __init__(self, model: TransformerBridge, found: SinkMap, ids: set[int] | None = None, *, progress: Any) -> None:
+        self.found = found
+        self.parts: list[StreamParts] = []
+        self.positions: list[list[int]] = []
+        self.no_sink: list[Bool[Tensor, " pos"]] = []
+        wanted = {s.token_id for s in found} if ids is None else ids
+        with progress_bar("what components write", len(found.tokens), progress) as advance:
+            for b in range(len(found.tokens)):
+                one = found.tokens[b].trim().to(str(model.cfg.device))
+                row = one.ids[0].tolist()
+                no_sink = torch.ones(len(row), dtype=torch.bool, device=one.ids.device)
+                no_sink[[p for s, p in found.places or () if s == b]] = False
+                top = found.strongest[b]
+                chosen = {p for p, i in enumerate(row) if i in wanted} | {s.position for s in found if s.sequence == b}
+                positions = sorted(chosen | ({top} if top is not None else set()))
+                self.positions.append(positions)
+                self.no_sink.append(no_sink)
+                self.parts.append(stream_parts(model, one.ids, positions, no_sink))
+                advance()
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The components, in the order in which they write."""
+        return self.parts[0].components
+
+    def at(self, sequence: int, position: int) -> tuple[Tensor, Tensor]:
+        """What every component adds at a token [component, d_model], and its stream [layer, d_model]."""
+        n = self.positions[sequence].index(position)
+        return self.parts[sequence].added[:, n], self.parts[sequence].states[:, n]
+
+    def directions(self, without: int | None) -> Float[Tensor, "primary layer d_model"]:
+        """Unit ``x_P - mu`` of the strongest sink of every sequence of another document."""
+        rows = []
+        for b, top in enumerate(self.found.strongest):
+            if top is not None and self.found.tokens.documents[b] != without:
+                centred = self.at(b, top)[1] - self.parts[b].mu
+                rows.append(centred / centred.norm(dim=-1, keepdim=True).clamp(min=1e-30))
+        return torch.stack(rows) if rows else torch.zeros(0)
+
+    def same_id(self, token_id: int) -> tuple[Float[Tensor, "component d_model"], int]:
+        """The mean of what components add at tokens of an id that are no sink, and how many there are."""
+        total, count = torch.zeros_like(self.parts[0].ordinary), 0
+        for b, parts in enumerate(self.parts):
+            row = self.found.tokens.row(b)
+            for n, p in enumerate(self.positions[b]):
+                if int(row[p]) == token_id and bool(self.no_sink[b][p]):
+                    total, count = total + parts.added[:, n], count + 1
+        return total / max(count, 1), count
+
+    def ordinary(self) -> Float[Tensor, "component d_model"]:
+        """The mean of what components add over all tokens that are no sink, sequences alike."""
+        return torch.stack([parts.ordinary for parts in self.parts]).mean(0)
+
+
+def _reference(
+    model: TransformerBridge, own: Looked, reference: Any, notes: list[str], progress: bool | None
+) -> Looked | None:
+    """Further sequences, where the own ones lack a primary in another document or a token of a sink's id."""
+    documents = {own.found.tokens.documents[s.sequence] for s in own.found}
+    lacking = any(not len(own.directions(d)) for d in documents)
+    lacking |= any(not own.same_id(s.token_id)[1] for s in own.found)
+    if reference is None and not lacking:
+        return None
+    if reference is None:
+        context = capabilities(model).context
+        length = 512 if context is None else min(512, context)
+        reference = load_tokens(model, "python-docs", n_seqs=DEFAULT_SEQUENCES, seq_len=length)
+        notes.append("directions or tokens of the same id that these sequences lack come from 16 chunks of python-docs")
+    batch = as_tokens(model, reference).to("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SinklensWarning)
+        found = find_sinks(model, batch, progress=False)
+    return Looked(model, found, {s.token_id for s in own.found}, progress=progress)
+
+
+def direction(own: Looked, extra: Looked | None, document: int, layer: int) -> Float[Tensor, " d_model"]:
+    """u at a layer for a sink of a document.
+
+    Raises:
+        BadInputError: no other sequence has a strong sink.
+    """
+    found = own.directions(document)
+    if not len(found) and extra is not None:
+        found = extra.directions(None)
+    if not len(found):
+        raise BadInputError(
+            "no other sequence has a strong lasting sink to take a direction from; give reference= more sequences (of 64 "
+            "tokens or more)"
+        )
+    mean = found[:, layer].mean(0)
+    return mean / mean.norm().clamp(min=1e-30)
+
+
+def _contributions(own: Looked, extra: Looked | None, s: int, sink: Sink, runs: Sequence[Phase]) -> list[Traced]:
+    added, states = own.at(sink.sequence, sink.position)
+    if not own.parts[sink.sequence].summed:
+        raise BadInputError(
+            "norms stand on this model's residual stream (post-norm), so what components write is rescaled by every later "
+            "block; decompose_sinks follows it through the norms"
+        )
+    document = own.found.tokens.documents[sink.sequence]
+    found = []
+    for number, phase in enumerate(runs):
+        u = direction(own, extra, document, phase.reference)
+        amounts = added @ u
+        before = torch.tensor([layer < phase.reference for _, layer in own.components])
+        whole = states[phase.reference] @ u
+        found.append(
+            Traced(
+                sink=s,
+                sequence=sink.sequence,
+                position=sink.position,
+                token=sink.token,
+                token_id=sink.token_id,
+                kind=sink.kind,
+                document=document,
+                number=number,
+                phase=phase,
+                components=own.components,
+                contributions=amounts.double().cpu(),
+                before=before,
+                projection=float(whole),
+                rho=float(whole / (states[phase.reference] - whole * u).norm().clamp(min=1e-30)),
+                norm=float(states[phase.reference].norm()),
+                direction=u.cpu(),
+            )
+        )
+    return found

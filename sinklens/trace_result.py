@@ -1,0 +1,290 @@
+"""``SinkTrace``: who writes each sink, who erases it, and what happens when they do not."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinklens.components import Component, component_name
+from sinklens.results import load_tensors, save_tensors
+from sinklens.sinkmap import Sink
+from sinklens.statistics import interval
+from sinklens.tokens import Tokens
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+WRITER = 0.25  # smallest share of a writer
+ERASER = 0.05  # of what was written, taken away between the reference layer and the end of the phase
+FALL = 1.0  # nats that the competitor-free margin falls when a writer's output is replaced
+CONTROL = 0.1  # nats that no control may move it
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A run of active layers of a life, and the one where the sink's mass is largest."""
+
+    onset: int
+    end: int
+    reference: int
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """One phase of one sink: what every component adds along the direction.
+
+    Attributes:
+        sink: its number in the map; sequence, position, token, token_id, kind, document: as there.
+        number, phase: which phase of its life.
+        components, contributions: ``<out, u>``, in the order in which they write.
+        before: which of them write before the reference layer.
+        projection: ``<x_ref, u>``; rho: over the length of the rest of the stream; norm: the stream's.
+        direction: u.
+    """
+
+    sink: int
+    sequence: int
+    position: int
+    token: str
+    token_id: int
+    kind: str
+    document: int
+    number: int
+    phase: Phase
+    components: tuple[Component, ...]
+    contributions: Float[Tensor, " component"]
+    before: Bool[Tensor, " component"]
+    projection: float
+    rho: float
+    norm: float
+    direction: Float[Tensor, " d_model"]
+
+    def share(self, component: Component) -> float:
+        """``<out, u> / <x_ref, u>``."""
+        return float(self.contributions[self.components.index(component)]) / self.projection
+
+    def shares(self) -> list[tuple[Component, float]]:
+        """Those that write before the reference layer, with their shares; they sum to 1."""
+        return [(c, self.share(c)) for c, early in zip(self.components, self.before.tolist(), strict=True) if early]
+
+    def erasers(self) -> list[Component]:
+        """Those that take away at least 5 % between the reference layer and the end of the phase."""
+        inside = [
+            c for c in self.components if c[0] in ("attn", "mlp") and self.phase.reference <= c[1] <= self.phase.end
+        ]
+        return [c for c in inside if self.share(c) <= -ERASER]
+
+
+@dataclass(frozen=True, eq=False)
+class SinkTrace:
+    """What :func:`sinklens.trace_sinks` found.
+
+    Attributes:
+        traced: one entry per phase of each sink's life.
+        causes: one row per replacement, see :meth:`effects`.
+        sinks: the map's sinks.
+        tokens: the sequences.
+        notes, info: what the reader should know; model and versions.
+    """
+
+    traced: tuple[Traced, ...]
+    causes: tuple[dict[str, Any], ...]
+    sinks: tuple[Sink, ...]
+    tokens: Tokens
+    notes: tuple[str, ...] = ()
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        lines = [f"SinkTrace of {len({t.sink for t in self.traced})} sink(s), {len(self.traced)} phase(s)"]
+        for row in self.writers().to_dict("records")[:12]:
+            proof = "" if row["proven"] is None else ", proven" if row["proven"] else ", not proven"
+            lines.append(
+                f"  sequence {row['sequence']}, position {row['position']} {row['token']!r} ({row['kind']}, layers "
+                f"{row['onset']} to {row['end']}): {row['writer']} writes {row['share']:.2f}{proof}"
+            )
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per (phase, component): ``contribution`` along u, ``share``, the running sum, and whether it writes
+        before the reference layer. Token and position embeddings are one component, "embed".
+        """
+        columns = ["sequence", "position", "token", "kind", "phase", "reference", "component", "layer", "contribution"]
+        columns += ["share", "cumulative", "before"]
+        rows = []
+        for one in self.traced:
+            running = 0.0
+            embedded = sum(float(x) for c, x in zip(one.components, one.contributions, strict=True) if c[1] < 0)
+            amounts = [(("embed", -1), embedded, True)]
+            known = zip(one.components, one.contributions.tolist(), one.before.tolist(), strict=True)
+            amounts += [(c, x, early) for c, x, early in known if c[1] >= 0]
+            for (kind, layer), amount, early in amounts:
+                running += amount
+                rows.append(
+                    self._label(one)
+                    | {"reference": one.phase.reference, "component": kind, "layer": layer, "contribution": amount}
+                    | {"share": amount / one.projection, "cumulative": running, "before": early}
+                )
+        return pd.DataFrame(rows, columns=pd.Index(columns))
+
+    @staticmethod
+    def _label(one: Traced) -> dict[str, Any]:
+        return {
+            "sequence": one.sequence,
+            "position": one.position,
+            "token": one.token,
+            "kind": one.kind,
+            "phase": one.number,
+        }
+
+    def effects(self) -> pd.DataFrame:
+        """One row per replacement.
+
+        ``at``: "sink", "all sinks", "random layer" or "random token" (controls); ``margin``, ``alpha``, ``beta``: means
+        over the phase's layers behind the component, ``d_``: change from the clean run; ``d_margin_after``: in the three
+        layers behind the phase; ``d_loss`` where it was asked for.
+        """
+        rows = []
+        by = {(t.sink, t.number): t for t in self.traced}
+        for row in self.causes:
+            one = by[row["trace"], row["phase"]]
+            if row["at"]:
+                rows.append(self._label(one) | {k: v for k, v in row.items() if k not in ("trace", "phase")})
+        return pd.DataFrame(rows)
+
+    def writers(self) -> pd.DataFrame:
+        """One row per (phase, writer by share): share, fall of the margin, controls, and whether it is proven.
+
+        ``proven``: share >= 0.25, the competitor-free margin falls by 1 nat or more when its output is replaced by that
+        of tokens of the same id, and both controls stay below 0.1 nat; None without ``causal``.
+        """
+        rows = []
+        for one in self.traced:
+            mine = [r for r in self.causes if (r["trace"], r["phase"]) == (one.sink, one.number)]
+            for component, share in one.shares():
+                if share < WRITER or component[0] not in ("attn", "mlp"):
+                    continue
+                fall = self._effect(mine, component, "sink", "same_id")
+                layer = [
+                    r["d_margin"] for r in mine
+                    if r["at"] == "random layer" and r["replacement"].endswith(component_name(component))
+                ]  # fmt: skip
+                token = self._effect(mine, component, "random token", "mean")
+                controls = [x for x in (*layer, token) if x == x]
+                proven = None
+                if mine:
+                    proven = bool(-fall >= FALL and controls and max(abs(x) for x in controls) < CONTROL)
+                rows.append(
+                    self._label(one)
+                    | {"onset": one.phase.onset, "end": one.phase.end, "writer": component_name(component)}
+                    | {"contribution": share * one.projection, "share": share, "d_margin": fall}
+                    | {"d_margin_all": self._effect(mine, component, "all sinks", "same_id")}
+                    | {"random_layer": layer[0] if layer else math.nan, "random_token": token, "proven": proven}
+                )
+        columns = ["sequence", "position", "token", "kind", "phase", "onset", "end", "writer", "contribution", "share"]
+        columns += ["d_margin", "d_margin_all", "random_layer", "random_token", "proven"]
+        return pd.DataFrame(rows, columns=pd.Index(columns))
+
+    @staticmethod
+    def _effect(rows: list[dict[str, Any]], component: Component, at: str, replacement: str) -> float:
+        for r in rows:
+            if (r["component"], r["layer"], r["at"], r["replacement"]) == (*component, at, replacement):
+                return r["d_margin"]
+        return math.nan
+
+    def erasers(self) -> pd.DataFrame:
+        """One row per (phase, eraser): its contribution, and how the margin behind the phase moves without it."""
+        rows = []
+        for one in self.traced:
+            mine = [r for r in self.causes if (r["trace"], r["phase"]) == (one.sink, one.number)]
+            for component in one.erasers():
+                after = [
+                    r["d_margin_after"] for r in mine
+                    if (r["component"], r["layer"], r["at"], r["replacement"]) == (*component, "sink", "same_id")
+                ]  # fmt: skip
+                share = one.share(component)
+                rows.append(
+                    self._label(one)
+                    | {"eraser": component_name(component), "contribution": share * one.projection, "share": share}
+                    | {"d_margin_after": after[0] if after else math.nan}
+                )
+        columns = [
+            "sequence",
+            "position",
+            "token",
+            "kind",
+            "phase",
+            "eraser",
+            "contribution",
+            "share",
+            "d_margin_after",
+        ]
+        return pd.DataFrame(rows, columns=pd.Index(columns))
+
+    def by_component(self, kind: str | None = None) -> pd.DataFrame:
+        """One row per component: in how many phases it is a writer by share and proven, its mean share there, with a 95 %
+        interval over documents.
+        """
+        table = self.writers()
+        table = table[(table.kind == kind) if kind else slice(None)]
+        rows = []
+        for name, group in table.groupby("writer"):
+            documents = [self.tokens.documents[int(b)] for b in group.sequence.tolist()]
+            low, high = interval(torch.tensor(group.share.tolist()), documents) or (math.nan, math.nan)
+            falls = torch.tensor(group.d_margin.tolist(), dtype=torch.float64)
+            rows.append(
+                {"writer": name, "phases": len(group), "share": group.share.mean(), "low": low, "high": high}
+                | {"d_margin": float(falls.nanmean()), "proven": int(sum(p is True for p in group.proven.tolist()))}
+            )
+        columns = pd.Index(["writer", "phases", "share", "low", "high", "d_margin", "proven"])
+        return pd.DataFrame(rows, columns=columns).sort_values("phases", ascending=False, ignore_index=True)
+
+    def plot(self, sink: int | None = None) -> Figure:
+        """Contributions of every component over depth with their running sum; the first sink, or the one numbered so."""
+        from sinklens.trace_plots import contribution_bars
+
+        return contribution_bars(self, sink)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything as one safetensors file, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for i, one in enumerate(self.traced):
+            tensors |= {f"{i}.contributions": one.contributions, f"{i}.before": one.before}
+            tensors[f"{i}.direction"] = one.direction
+        tensors |= {f"tokens.{name}": t for name, t in self.tokens.tensors().items()}
+        plain = [
+            {k: v for k, v in vars(one).items() if not isinstance(v, Tensor)} | {"phase": asdict(one.phase)}
+            for one in self.traced
+        ]
+        meta = {"traced": plain, "causes": list(self.causes), "sinks": [asdict(s) for s in self.sinks]}
+        meta |= {"tokens": self.tokens.meta(), "notes": list(self.notes), "info": self.info}
+        return save_tensors(path, "SinkTrace", tensors, meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SinkTrace:
+        """Read what :meth:`save` wrote."""
+        from sinklens.sinkmap import sink_from_json
+
+        tensors, meta = load_tensors(path, "SinkTrace")
+        traced = []
+        for i, content in enumerate(meta["traced"]):
+            content["phase"] = Phase(**content["phase"])
+            content["components"] = tuple((str(a), int(b)) for a, b in content["components"])
+            own = {name: tensors[f"{i}.{name}"] for name in ("contributions", "before", "direction")}
+            traced.append(Traced(**content, **own))
+        batch = {n.removeprefix("tokens."): t for n, t in tensors.items() if n.startswith("tokens.")}
+        return cls(
+            traced=tuple(traced),
+            causes=tuple(meta["causes"]),
+            sinks=tuple(sink_from_json(s) for s in meta["sinks"]),
+            tokens=Tokens.from_parts(batch, meta["tokens"]),
+            notes=tuple(meta["notes"]),
+            info=meta["info"],
+        )

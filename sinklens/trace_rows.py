@@ -1,0 +1,191 @@
+"""Several interventions on one sequence at once: each is a row of the batch, edited where one component writes.
+
+A row adds a difference to a component's output at some tokens: what is put there minus what stood there. Upstream of
+the component nothing changes, so what stood there is the clean run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from sinklens.attention import attention_hook, block_output
+from sinklens.components import Component
+from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.importance import FAR
+from sinklens.metrics import METRICS, token_metrics
+from sinklens.proof import capabilities, has_hook
+from sinklens.running import run_blocks
+
+PATTERN_BYTES = 2**28  # of one layer's patterns over the rows of a batch
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One intervention: ``delta`` is added to a component's output at ``positions``; None: the clean run."""
+
+    component: Component | None
+    positions: tuple[int, ...] = ()
+    delta: Float[Tensor, "position d_model"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What attention does with the tracked tokens in every row.
+
+    Attributes:
+        margin: competitor-free margin, mean over heads and queries at least 16 away: [row, token, layer].
+        alpha: mean over heads of the attention that all queries which see it pay it: [row, token, layer].
+        beta: the same over the queries at least 16 away.
+        loss: mean over scored predictions, nats: [row]; NaN where none was asked for.
+    """
+
+    margin: Float[Tensor, "row token layer"]
+    alpha: Float[Tensor, "row token layer"]
+    beta: Float[Tensor, "row token layer"]
+    loss: Float[Tensor, " row"]
+
+
+def writing_hook(model: TransformerBridge, component: Component) -> str:
+    """The hook at which a component's contribution stands, as it is added to the stream."""
+    kind, layer = component
+    names = {"attn": ("ln1_post.hook_out", "hook_attn_out"), "mlp": ("ln2_post.hook_out", "hook_mlp_out")}
+    if kind not in names:
+        raise BadInputError(f"only attention layers and MLPs can be replaced, got {kind!r}")
+    post, plain = (f"blocks.{layer}.{name}" for name in names[kind])
+    return post if has_hook(model, post) else plain
+
+
+def run_rows(
+    model: TransformerBridge,
+    ids: Int[Tensor, "1 pos"],
+    rows: Sequence[Row],
+    tracked: Sequence[int],
+    no_sink: Bool[Tensor, " pos"],
+    scored: Int[Tensor, " scored"] | None = None,
+) -> Seen:
+    """Run all rows, as many at once as one layer's patterns allow.
+
+    Args:
+        model: the bridge.
+        ids: one unpadded sequence.
+        rows: the interventions.
+        tracked: the tokens whose attention is followed.
+        no_sink: the tokens that the competitor-free margin compares with; a tracked token is never among them.
+        scored: positions whose predictions are scored; None: no loss, and no unembedding.
+
+    Raises:
+        UnsupportedModelError: the host discards the edit (post-norm models, or outputs that it scales).
+    """
+    facts = capabilities(model)
+    length = ids.shape[1]
+    size = facts.n_heads * length * length * 4
+    at_once = max(1, PATTERN_BYTES // size)
+    parts = [
+        _run(model, ids, rows[start : start + at_once], tracked, no_sink, scored)
+        for start in range(0, len(rows), at_once)
+    ]
+    return Seen(*(torch.cat([getattr(p, name) for p in parts]) for name in ("margin", "alpha", "beta", "loss")))
+
+
+def _run(
+    model: TransformerBridge,
+    ids: Int[Tensor, "1 pos"],
+    rows: Sequence[Row],
+    tracked: Sequence[int],
+    no_sink: Bool[Tensor, " pos"],
+    scored: Int[Tensor, " scored"] | None,
+) -> Seen:
+    facts = capabilities(model)
+    shape = (len(rows), len(tracked), facts.n_layers)
+    found = Seen(*(torch.full(shape, torch.nan) for _ in range(3)), torch.full((len(rows),), torch.nan))
+    length = ids.shape[1]
+    index = torch.arange(length, device=ids.device)
+    rest = no_sink.clone()
+    rest[list(tracked)] = False
+
+    def edit(changes: Sequence[tuple[int, Row]]) -> Any:
+        def hook(tensor: Tensor, hook: Any) -> Tensor:
+            new = tensor.clone()
+            view = new.view(len(rows), length, -1)
+            for r, row in changes:
+                assert row.delta is not None
+                view[r, list(row.positions)] += row.delta.to(new)
+            return new
+
+        return hook
+
+    def watch(layer: int) -> Any:
+        def hook(pattern: Tensor, hook: Any) -> None:
+            for t, k in enumerate(tracked):
+                column = pattern[:, :, :, k].float()
+                sees = _sees(index, k, causal=facts.causal, window=facts.windows[layer])
+                far = sees & ((index - k).abs() >= FAR)
+                found.alpha[:, t, layer] = column[:, :, sees].mean((1, 2)).cpu()
+                if far.any():
+                    others = pattern[:, :, far][..., rest].float().sum(-1)
+                    found.beta[:, t, layer] = column[:, :, far].mean((1, 2)).cpu()
+                    found.margin[:, t, layer] = (column[:, :, far].log() - others.log()).mean((1, 2)).cpu()
+
+        return hook
+
+    by_hook: dict[str, list[tuple[int, Row]]] = {}
+    for r, row in enumerate(rows):
+        if row.component is not None and row.delta is not None:
+            by_hook.setdefault(writing_hook(model, row.component), []).append((r, row))
+    hooks: list[Any] = [(name, edit(changes)) for name, changes in by_hook.items()]
+    hooks += [(attention_hook(layer, "hook_pattern"), watch(layer)) for layer in range(facts.n_layers)]
+    batch = ids.expand(len(rows), -1)
+    if scored is None:
+        run_blocks(model, batch, hooks)
+        return found
+    where = scored.to(ids.device)
+    late = ("unembed.hook_in", lambda tensor, hook: tensor[:, where])
+    with torch.no_grad():
+        logits = model.run_with_hooks(batch, fwd_hooks=[*hooks, late])
+    targets = ids[0, 1:][where]
+    for r in range(len(rows)):
+        found.loss[r] = float(token_metrics(METRICS["loss"], logits[r], logits[r], targets).mean())
+    return found
+
+
+def _sees(index: Int[Tensor, " pos"], key: int, *, causal: bool, window: int | None) -> Bool[Tensor, " pos"]:
+    distance = index - key
+    visible = distance >= 0 if causal else torch.ones_like(index, dtype=torch.bool)
+    return visible if window is None else visible & (distance.abs() < window)
+
+
+def check_writing(model: TransformerBridge, ids: Int[Tensor, "1 pos"], component: Component, position: int) -> None:
+    """A difference added where a component writes must arrive in the stream as it is.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    layer = component[1]
+    kept: list[Tensor] = []
+    last: Any = (block_output(layer), lambda tensor, hook: kept.append(tensor[0, position].detach().float().clone()))
+    size = model.cfg.d_model
+    delta = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(ids.device)
+
+    def add(tensor: Tensor, hook: Any) -> Tensor:
+        new = tensor.clone()
+        new.view(1, ids.shape[1], -1)[0, position] += delta.to(new)
+        return new
+
+    for hooks in ([], [(writing_hook(model, component), add)]):
+        run_blocks(model, ids, [*hooks, last], until=None)
+    moved = kept[1] - kept[0]
+    mlp_of_same_block = component[0] == "attn"  # what attention adds also reaches the MLP of its block
+    gap = (moved - delta).norm() / delta.norm()
+    if torch.equal(kept[0], kept[1]) or (not mlp_of_same_block and not gap < 1e-2):
+        raise UnsupportedModelError(
+            f"{capabilities(model).model}: what is added to the output of {component[0]} {layer} does not arrive in "
+            f"the residual stream as it is (a norm stands between), so components cannot be replaced; contributions "
+            f"(causal=False) work"
+        )
