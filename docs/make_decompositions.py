@@ -150,7 +150,7 @@ def one_by_one(found: sl.SinkDecomposition) -> str:
             )
             lines.append(f"- {words}: {told}")
         if scope == "layer":
-            for row in effect.additive_gap(found.effects["all"]).to_dict("records"):
+            for row in effect.additive_gap().to_dict("records"):
                 if row["metric"] == metric and row["part"] in ("mass_part", "value_part"):
                     words = f"- summed over layers the {row['part'].replace('_', ' ')} is {row['summed']:+.4f}, all at"
                     lines.append(f"{words} once {row['all_at_once']:+.4f}: not additive by {between(row, 'gap')}")

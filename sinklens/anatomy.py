@@ -182,7 +182,7 @@ def stable_rank(output: Float[Tensor, "head query d_head"], w_o: Float[Tensor, "
 
 def head_class(event_share: float, value_ratio: float, rank: float) -> str:
     """``none`` without a sink event, else ``nop``, ``broadcast`` or ``mixed``."""
-    if event_share < EVENT_SHARE:
+    if not event_share >= EVENT_SHARE:  # also NaN
         return "none"
     if value_ratio <= NOP_RATIO:
         return "nop"

@@ -210,3 +210,14 @@ def score_projection(
 def original(component: Any) -> torch.nn.Module:
     """The host's own module inside a bridge component; calling it fires no hook."""
     return getattr(component, "original_component", component)
+
+
+def residual_multiplier(model: TransformerBridge) -> float:
+    """What the host multiplies a layer's output with before it joins the stream (Granite); 1 elsewhere."""
+    return float(getattr(text_config(model), "residual_multiplier", None) or 1.0)
+
+
+def logit_factor(model: TransformerBridge) -> float:
+    """What the host multiplies the unembedding's output with (Granite divides, Cohere multiplies); 1 elsewhere."""
+    config = text_config(model)
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

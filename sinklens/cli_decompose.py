@@ -51,7 +51,9 @@ def decompose(
     n_seqs: CountOption = None,
     kind: Annotated[str, typer.Option(help="Which found sinks: all, primary or secondary.")] = "all",
     positions: Annotated[str | None, typer.Option(help="Positions instead of found sinks, such as 0,4-6.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to take apart, such as 3-10; default all.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to take apart, such as 3-10; default: of each life.")
+    ] = None,
     effects: Annotated[str, typer.Option(help="The 2x2 for all, layer, head (comma-separated), or none.")] = "all",
     metric: Annotated[list[str] | None, typer.Option(help="Of the 2x2: loss, kl or embedding; may repeat.")] = None,
     exact_heads: Annotated[int, typer.Option(help="Heads to measure, the rest estimated; 0: measure all.")] = 20,

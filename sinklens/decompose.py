@@ -14,12 +14,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.anatomy import stable_rank
-from sinklens.attention import attention_hook, original, output_weights, value_bias
+from sinklens.attention import attention_hook, original, output_weights, residual_multiplier, value_bias
 from sinklens.components import Component, Contributions
 from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
-from sinklens.errors import BadInputError
+from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm
 from sinklens.head_inputs import LayerInputs, points_of, read_layer
 from sinklens.importance import FAR
@@ -28,16 +28,16 @@ from sinklens.logit_effects import LogitEffects
 from sinklens.mean_inputs import MeanInputs, gather_means
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import capabilities, has_hook, same_model
-from sinklens.reference import reference_places
+from sinklens.reference import DEFAULT_SEQUENCES, sinks_of
 from sinklens.running import run_blocks
 from sinklens.score_terms import PARAMETERS, far_queries, key_weights, query_weights, split_margin
 from sinklens.selection import Layers, select
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.stream_parts import flat, stream_hooks
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens, as_tokens, load_tokens
 from sinklens.two_by_two import Claims, TwoByTwo
-from sinklens.written import numbers, written
+from sinklens.written import numbers, off_manifold, written
 
 POST_NORM = ("ln1_post.hook_in", "ln1_post.hook_out")
 
@@ -50,7 +50,7 @@ def decompose_sinks(
     layers: Layers = None,
     reference: str | Sequence[str] | Tensor | Tokens | None = None,
     effects: Sequence[str] | str = ("all",),
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str] | str | None = None,
     exact_heads: int | None = EXACT_HEADS,
     most_scored: int | None = None,
     seed: int = 0,
@@ -89,7 +89,14 @@ def decompose_sinks(
         UnsupportedModelError: queries and keys that cannot be rebuilt (MLA; the message says where they differ).
     """
     facts = capabilities(model)
-    scopes = [effects] if isinstance(effects, str) else list(effects)
+    if model.cfg.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedModelError(
+            f"{facts.model} runs in {model.cfg.dtype}: scores are rebuilt to 1e-3 of their size, which takes float32 "
+            f"or float64; load_model(..., dtype=torch.float32)"
+        )
+    if (exact_heads is not None and exact_heads < 1) or (most_scored is not None and most_scored < 1):
+        raise BadInputError("exact_heads and most_scored must be at least 1, or None for all")
+    scopes = [effects] if isinstance(effects, str) else list(effects or ())
     if set(scopes) - set(SCOPES):
         raise BadInputError(f"effects must be of {', '.join(SCOPES)}, got {scopes}")
     chosen_metrics = check_metrics(model, metrics)
@@ -112,9 +119,9 @@ def decompose_sinks(
     if own and places.tokens is None:  # known sequences, so that means leave out the document itself
         everywhere = tuple(e for b in range(len(batch)) for e in slots(places, batch, b))
         places = Places(tokens=batch, entries=everywhere, others=tuple((e.sequence, e.position) for e in everywhere))
-    where, others = (batch, places) if own else reference_places(model, places, reference)
-    means = gather_means(model, where, [_apart(others, where, b) for b in range(len(where))], progress=progress)
-    notes = [] if means.documents_of(batch) > 1 else ["mean queries and keys come from python-docs or reference="]
+    where, apart = _ordinary(model, batch, places, own=own, reference=reference)
+    means = gather_means(model, where, apart, progress=progress)
+    notes = [] if own else [f"mean queries and keys come from {where.info.get('source', 'reference=')}"]
     reading = _Reading(model, batch, subjects, chosen, means, everywhere=layers is not None)
     with progress_bar("decomposition", len(batch), progress) as advance:
         for b in range(len(batch)):
@@ -139,6 +146,7 @@ def decompose_sinks(
         layers=chosen,
         values=values,
         key_side=reading.key_side,
+        rest_side=reading.rest_side,
         query_side=reading.query_side,
         components=tuple(reading.components),
         effects=squares,
@@ -153,6 +161,23 @@ def decompose_sinks(
             "capabilities": asdict(facts),
         },
     )
+
+
+def _ordinary(
+    model: TransformerBridge, batch: Tokens, places: Places, *, own: bool, reference: Any
+) -> tuple[Tokens, list[list[int]]]:
+    """The sequences over which queries and keys are averaged, and the sinks to leave out of each."""
+    if own:
+        return batch, [_apart(places, batch, b) for b in range(len(batch))]
+    if reference is None:
+        context = capabilities(model).context
+        length = 512 if context is None else min(512, context)
+        reference = load_tokens(model, "python-docs", n_seqs=DEFAULT_SEQUENCES, seq_len=length)
+    where = as_tokens(model, reference).to("cpu")
+    if places.tokens is None:
+        return where, [_apart(places, where, b) for b in range(len(where))]
+    found = sinks_of(model, where)
+    return where, [[p for s, p in found.places or () if s == b] for b in range(len(where))]
 
 
 def _apart(places: Places, tokens: Tokens, sequence: int) -> list[int]:
@@ -233,7 +258,7 @@ class _Reading:
         shape = (len(subjects), len(layers), self.facts.n_heads)
         self.values = torch.full((*shape, len(NUMBERS)), math.nan)
         self.wide = 2 * self.facts.n_layers + 4
-        self._sides = [torch.full((*shape, self.wide), math.nan) for _ in range(2)]
+        self._sides = [torch.full((*shape, self.wide), math.nan) for _ in range(3)]
         self.components: list[Component] = []
         self.notes: list[str] = []
         self.held: list[_Held] = []
@@ -243,13 +268,18 @@ class _Reading:
 
     @property
     def key_side(self) -> Tensor:
-        """The raw gap by component of the sink's key."""
+        """The raw gap by component: what stands in the sink's own key."""
         return self._trimmed(0)
+
+    @property
+    def rest_side(self) -> Tensor:
+        """Minus what stands in the keys of the rest."""
+        return self._trimmed(1)
 
     @property
     def query_side(self) -> Tensor:
         """The raw gap by component of the queries."""
-        return self._trimmed(1)
+        return self._trimmed(2)
 
     def _trimmed(self, side: int) -> Tensor:
         kept = self._sides[side]
@@ -266,7 +296,7 @@ class _Reading:
         rest[list(apart)] = False
         contributions = Contributions(self.model)
         seen: dict[str, Tensor] = {}
-        mean_q, mean_k = self.means.without(self.tokens.documents[sequence], self.tokens)
+        mean_q, mean_k = self.means.without(self.tokens, sequence)
         self.logits.begin(one)
 
         def keep(name: str) -> Any:
@@ -314,7 +344,9 @@ class _Reading:
         weights = self._output(layer, scores.v)
         parts = contributions.stack().to(scores.v)
         norm = self._post_norm(layer, seen, scores.length)
-        shared = {"off_manifold": writes.off_manifold}
+        living = [list(apart).index(self.subjects[s].position) for s in mine if layer in self.subjects[s].layers]
+        beyond = off_manifold(writes, living, None if bias is None else bias.detach())
+        shared: dict[str, Tensor] = {}
         if weights is not None:
             after_first = writes.output[:, 1:]
             shared["stable_rank"] = stable_rank(after_first, weights[0])
@@ -326,11 +358,14 @@ class _Reading:
                 continue
             split = split_margin(scores, sink, queries, mean_q[layer].to(scores.v), mean_k[layer].to(scores.v))
             found = split.means | shared
+            if living:
+                found["off_manifold"] = beyond[:, queries].mean(-1)
             index = list(apart).index(sink)
             if weights is not None:
                 found |= numbers(scores, writes, weights[1], bias, sink, index, queries)
                 attention = writes.attention[:, queries, index]
                 vectors = torch.einsum("hd,hdm->hm", writes.values[:, index], weights[0])
+                vectors = vectors * residual_multiplier(self.model)
                 found["residual_share"] = _residual_share(attention, vectors, norm, seen["resid_pre"], queries)
                 self.logits.keep(s, n, layer, attention, vectors, norm, queries)
                 self.held.append(_Held(s, layer, writes.values[:, index].cpu()))
@@ -342,12 +377,12 @@ class _Reading:
     def _components(
         self, s: int, n: int, sink: int, queries: Tensor, inputs: LayerInputs, parts: Float[Tensor, "c pos d_model"]
     ) -> None:
-        """The raw gap by what stands in the sink's key (against the other keys), and by what stands in the queries."""
+        """The raw gap by what stands in the sink's key, in the other keys (with a minus), and in the queries."""
         scores = inputs.scores
-        pairs = (
-            (key_weights(scores, sink, queries, scores.q.whole), inputs.key),
-            (query_weights(scores, sink, queries), inputs.query),
-        )
+        keys = key_weights(scores, sink, queries, scores.q.whole)
+        own = torch.zeros_like(keys)
+        own[:, sink] = keys[:, sink]
+        pairs = ((own, inputs.key), (keys - own, inputs.key), (query_weights(scores, sink, queries), inputs.query))
         for side, (weights, projected) in enumerate(pairs):
             gradient = projected.back(weights)
             amounts = torch.einsum("ctd,htd->hc", parts, gradient)

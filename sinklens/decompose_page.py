@@ -16,7 +16,7 @@ from sinklens.score_terms import PARAMETERS
 
 CAPTIONS = {
     "gap": "Bars sum to the gap (diamond): the sink's score above the mean score of the tokens that are no sink.",
-    "components": "Red: this component's output stands in the sink's key and raises its score; blue: it lowers it.",
+    "components": "Red: this component's output stands in the sink's own key and raises its score; blue: it lowers it.",
     "plane": "Left: the model is better for the mass that the sink takes; below: for what it writes.",
 }
 
@@ -33,7 +33,7 @@ def write_decomposition(
     parts = [
         found.component_table(side, kind).assign(side=side, kind=kind)
         for kind in found.kinds
-        for side in ("key", "query")
+        for side in ("key", "rest", "query")
     ]
     tables = {"heads": heads, "sinks": found.to_dataframe(), "components": pd.concat(parts)}
     if found.effects:
@@ -49,7 +49,7 @@ def write_decomposition(
     write_text(folder / "manifest.json", json.dumps(facts, indent=1))
     figures = []
     for kind in found.kinds:
-        if len(found.heads(kind)):
+        if len(found.heads(kind)) and len(found.component_table("key", kind)):
             figures.append((found.plot("gap", kind=kind), CAPTIONS["gap"]))
             if bool((found.number("bq_content").nan_to_num() != 0).any()):
                 figures.append((found.plot("gap", split="parameters", kind=kind), CAPTIONS["gap"]))

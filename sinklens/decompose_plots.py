@@ -32,6 +32,7 @@ WORDS = {
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#999999")  # Okabe and Ito: safe for colour-blind
 MOST_BARS = 48
 GREY = "#7b8794"
+NOTHING = "no {kind} sink is alive in the layers that were taken apart and seen by a query 16 or more tokens away"
 
 
 def gap_bars(found: SinkDecomposition, split: str, kind: str | None) -> go.Figure:
@@ -39,7 +40,7 @@ def gap_bars(found: SinkDecomposition, split: str, kind: str | None) -> go.Figur
     kind = kind or found.kinds[0]
     table = found.heads(kind)
     if not len(table):
-        raise BadInputError(f"no {kind} sink is alive in the layers that were taken apart")
+        raise BadInputError(NOTHING.format(kind=kind))
     heads: list[dict[str, Any]] = [row for row in table.to_dict("records") if row["gap"] == row["gap"]]
     largest = sorted(heads, key=lambda row: -row["gap"])[:MOST_BARS]
     shown = sorted(largest, key=lambda row: (row["layer"], row["head"]))
@@ -82,7 +83,7 @@ def component_map(found: SinkDecomposition, kind: str | None) -> go.Figure:
     kind = kind or found.kinds[0]
     table = found.component_table("key", kind)
     if not len(table):
-        raise BadInputError(f"no {kind} sink is alive in the layers that were taken apart")
+        raise BadInputError(NOTHING.format(kind=kind))
     order = list(dict.fromkeys(table.component))
     order = [*(name for name in order if name != "bias"), "bias"]
     grid = table.pivot(index="layer", columns="component", values="nats").reindex(columns=pd.Index(order))
@@ -97,15 +98,15 @@ def component_map(found: SinkDecomposition, kind: str | None) -> go.Figure:
             zmin=-strongest,
             zmax=strongest,
             colorbar={"title": "nats", "outlinewidth": 0},
-            hovertemplate="layer %{y}, %{x}: %{z:.2f} nats of the gap<extra></extra>",
+            hovertemplate="layer %{y}, %{x}: %{z:.2f} nats of the score<extra></extra>",
         )
     )
     figure.update_xaxes(title="component whose output stands in the sink's key", showgrid=False, tickangle=-90)
     figure.update_xaxes(tickfont={"size": 9}, dtick=1)
     figure.update_yaxes(title="layer whose heads read it", showgrid=False)
     title = (
-        f"Who writes what the heads read: {kind} sinks<br><sup>parts of the gap (key side), mean over heads; blank: "
-        f"comes later</sup>"
+        f"Who writes what the heads read: {kind} sinks<br><sup>parts of the score that stand in the sink's own key, "
+        f"mean over heads; blank: comes later</sup>"
     )
     return themed(figure, title, height=max(360, 170 + 15 * len(grid.index)))
 
@@ -116,8 +117,11 @@ def plane(found: SinkDecomposition, metric: str) -> go.Figure:
     if square is None:
         raise BadInputError("this decomposition has no 2x2: decompose_sinks(..., effects=('all', 'layer', 'head'))")
     table = square.to_dataframe()
-    if metric not in set(table.metric):
-        metric = str(table.metric.iloc[0])
+    known = list(square.values)
+    if metric not in known:
+        if metric != "loss":
+            raise BadInputError(f"no metric {metric!r}; there are {', '.join(known)}")
+        metric = known[0]  # the default, on an encoder
     rows: list[dict[str, Any]] = [
         r for r in table.to_dict("records") if r["metric"] == metric and r["mass_part"] == r["mass_part"]
     ]

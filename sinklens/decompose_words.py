@@ -41,7 +41,11 @@ def summary(found: SinkDecomposition) -> str:
 def _kind(found: SinkDecomposition, kind: str) -> list[str]:
     rows = {row["number"]: row for row in found.means(kind).to_dict("records")}
     if "margin" not in rows:
-        return [f"  {kind}: no query is far enough from any sink to say anything"]
+        alive = any(layer in s.layers for s in found.subjects if s.kind == kind for layer in found.layers)
+        why = (
+            "no query is far enough from any of them" if alive else "none is alive in the layers that were taken apart"
+        )
+        return [f"  {kind}: {why}, so there is nothing to say"]
     lines = [
         f"  {kind}: margin {_value(rows['margin'])} nats = gap {_value(rows['gap'])} - log of the rest "
         f"{rows['log_rest']['mean']:.2f} - peakedness {rows['peakedness']['mean']:.2f}"
@@ -49,10 +53,9 @@ def _kind(found: SinkDecomposition, kind: str) -> list[str]:
     ]
     largest = max(MEANS, key=lambda name: abs(rows[name]["mean"]))
     row = rows[largest]
-    sure = row["low"] > 0 or row["high"] < 0
-    lines.append(
-        f"    of the gap, {_value(row)} is {TERMS[largest]}" + ("" if sure else " (too few documents for an interval)")
-    )
+    doubt = " (not told from 0)" if row["low"] <= 0 <= row["high"] else ""
+    few = " (too few documents for an interval)" if row["low"] != row["low"] else ""
+    lines.append(f"    of the gap, {_value(row)} is {TERMS[largest]}{doubt}{few}")
     heads = found.heads(kind)
     shares = heads.bias_share.dropna()
     if len(shares):

@@ -15,11 +15,13 @@ covariance``
 ``bias_share``            ``1 - sum (sigma - sigma_qbar)^2 / sum (sigma - mean)^2``: how much of sigma's variation over
                           queries a mean query explains; unclipped; NaN where mean sigma < 0.05 or its sd < 0.02
 ``bias_error``            mean ``|sigma - sigma_qbar|``; ``sigma``, ``sigma_sd``: of the sink against the rest
-``mass``                  mean attention on the sink; ``event_share``: queries that give it at least 0.5
+``mass``                  mean attention on the sink; ``event_share``: of all queries after the first that see it,
+                          near ones too (as in sink_anatomy), how many give it at least 0.5
 ``written``               mean ``|p (v - b_V) W_O|``; ``written_rest``: of all tokens that are no sink
 ``value_ratio``           ``|(v - b_V) W_O|`` over its mean over the rest
 ``stable_rank``           of the head's full output without b_V, over queries after the first
-``off_manifold``          mean ``|z(0,1)| / |z|`` of the 2x2's cell "value without mass"
+``off_manifold``          mean ``|z(0,1)| / |z|`` of the 2x2's cell "value without mass", S: the decomposed sinks of the
+                          sequence that are alive in the layer
 ``same_elsewhere``        cosine of what it writes with what sinks of its kind write in other documents
 ``residual_share``        mean length of what all heads add from the sink, over the stream's (same for all heads)
 ``logit_target``          late layers: mean direct contribution to the right token's logit, the vocabulary's mean
@@ -90,8 +92,10 @@ class SinkDecomposition:
         subjects: the sinks.
         layers: the layers that were taken apart.
         values: [sink, layer, head, number], the numbers named by ``NUMBERS``.
-        key_side, query_side: the raw gap by component: [sink, layer, head, component]; the last component is "bias",
-            what parameters put there. NaN for components above the layer.
+        key_side, rest_side: the raw gap by component of the sink's own key, and (with a minus) of the keys of the rest;
+            together they sum to it: [sink, layer, head, component]. The last component is "bias", what parameters put
+            there; NaN for components above the layer.
+        query_side: the raw gap by component of the queries: sums to it by itself.
         components: their names, without the last.
         effects: by scope ("all", "layer", "head"): the 2x2.
         claims: the four claims' tests, all heads at once; None without effects.
@@ -103,6 +107,7 @@ class SinkDecomposition:
     layers: tuple[int, ...]
     values: Float[Tensor, "sink layer head number"]
     key_side: Float[Tensor, "sink layer head component"]
+    rest_side: Float[Tensor, "sink layer head component"]
     query_side: Float[Tensor, "sink layer head component"]
     components: tuple[Component, ...]
     effects: dict[str, TwoByTwo]
@@ -148,8 +153,9 @@ class SinkDecomposition:
 
         ``bias_share`` is the median, since it has no lower bound; ``sinks`` counts them.
         """
+        self._check_kind(kind)
         table = self.to_dataframe()
-        table = table[table.alive & ((table.kind == kind) if kind else True)]
+        table = table[table.alive & ~table.margin.isna() & ((table.kind == kind) if kind else True)]
         rows = []
         for place, group in table.groupby(["layer", "head"]):
             layer, head = place if isinstance(place, tuple) else (place, 0)
@@ -159,21 +165,25 @@ class SinkDecomposition:
             classes = [head_class(*row) for row in zip(*columns, strict=True)]
             common = max(sorted(set(classes)), key=classes.count)
             rows.append({"layer": layer, "head": head, "sinks": len(group), "class": common, **means})
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=pd.Index(["layer", "head", "sinks", "class", *NUMBERS]))
 
     def component_table(self, side: str = "key", kind: str | None = None) -> pd.DataFrame:
         """One row per (layer, component): its part of the gap in nats, mean over heads and the sinks alive there.
 
-        ``side``: "key" (who put the sink's key there) or "query". The parts of a layer sum to the raw gap. ``low`` and
-        ``high``: 95 % interval over documents.
+        ``side``: "key" (what stands in the sink's own key), "rest" (minus what stands in the other keys) or "query"
+        (what stands in the queries). "key" and "rest" of a layer sum to the raw gap, and so does "query". ``low`` and
+        ``high``: 95 % interval over documents; ``sinks``: how many have queries far enough.
         """
-        if side not in ("key", "query"):
-            raise BadInputError(f"side must be 'key' or 'query', got {side!r}")
-        values = self.key_side if side == "key" else self.query_side
+        sides = {"key": self.key_side, "rest": self.rest_side, "query": self.query_side}
+        if side not in sides:
+            raise BadInputError(f"side must be 'key', 'rest' or 'query', got {side!r}")
+        self._check_kind(kind)
+        values = sides[side]
         names = [*(component_name(c) for c in self.components), "bias"]
         rows = []
         for n, layer in enumerate(self.layers):
-            chosen = self._alive(layer, kind)
+            known = ~self.number("margin")[:, n, 0].isnan()
+            chosen = [s for s in self._alive(layer, kind) if bool(known[s])]
             if not chosen:
                 continue
             parts = values[chosen, n].double().mean(1)
@@ -183,7 +193,12 @@ class SinkDecomposition:
                     low, high = interval(parts[:, c], documents) or (float("nan"), float("nan"))
                     mean = float(parts[:, c].mean())
                     rows.append({"layer": layer, "component": name, "nats": mean, "low": low, "high": high})
-        return pd.DataFrame(rows)
+                    rows[-1]["sinks"] = len(chosen)
+        return pd.DataFrame(rows, columns=pd.Index(["layer", "component", "nats", "low", "high", "sinks"]))
+
+    def _check_kind(self, kind: str | None) -> None:
+        if kind is not None and kind not in self.kinds:
+            raise BadInputError(f"no sinks of kind {kind!r} here; there are {', '.join(self.kinds)}")
 
     def _alive(self, layer: int, kind: str | None) -> list[int]:
         return [s for s, u in enumerate(self.subjects) if layer in u.layers and kind in (None, u.kind)]
@@ -193,6 +208,7 @@ class SinkDecomposition:
 
         The bias share is left to :meth:`heads`: it has no lower bound, so means of it say little.
         """
+        self._check_kind(kind)
         rows = []
         for name in NUMBERS:
             if name == "bias_share":
@@ -209,7 +225,7 @@ class SinkDecomposition:
                 stacked = torch.stack(per_sink)
                 low, high = interval(stacked, documents) or (float("nan"), float("nan"))
                 rows.append({"number": name, "mean": float(stacked.mean()), "low": low, "high": high})
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=pd.Index(["number", "mean", "low", "high"]))
 
     def summary(self) -> str:
         """What the numbers say, in words; a verdict only where the intervals carry it."""
@@ -220,8 +236,8 @@ class SinkDecomposition:
     def plot(self, what: str = "gap", *, split: str = "means", kind: str | None = None, metric: str = "loss") -> Figure:
         """``"gap"``: contributions to the gap of every head, stacked, by ``split`` ("means", "parameters", "geometry").
 
-        ``"components"``: layer x component map of the key side; ``"plane"``: mass part against value part, a dot per
-        head (or layer, where heads were not measured).
+        ``"components"``: layer x component map of what stands in the sink's own key; ``"plane"``: mass part against
+        value part, a dot per head (or layer, where heads were not measured).
         """
         from sinklens import decompose_plots
 
@@ -237,7 +253,7 @@ class SinkDecomposition:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything as one safetensors file, whole or not at all."""
-        tensors = {"values": self.values, "key_side": self.key_side, "query_side": self.query_side}
+        tensors = {name: getattr(self, name) for name in ("values", "key_side", "rest_side", "query_side")}
         tensors |= {f"tokens.{name}": t for name, t in self.tokens.tensors().items()}
         meta: dict[str, Any] = {
             "subjects": [asdict(s) for s in self.subjects],
@@ -270,6 +286,7 @@ class SinkDecomposition:
             layers=tuple(meta["layers"]),
             values=tensors["values"],
             key_side=tensors["key_side"],
+            rest_side=tensors["rest_side"],
             query_side=tensors["query_side"],
             components=tuple((str(a), int(b)) for a, b in meta["components"]),
             effects={

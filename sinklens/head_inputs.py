@@ -205,8 +205,7 @@ def _repeated(norm: FrozenNorm, times: int) -> FrozenNorm:
 
 def _compare(model: TransformerBridge, layer: int, ours: Tensor, theirs: Tensor, what: str) -> None:
     gap = (ours - theirs).abs().max() / (1 + theirs.abs().max())
-    low = theirs.dtype not in (torch.float32, torch.float64) or model.cfg.dtype in (torch.bfloat16, torch.float16)
-    if not gap <= (5e-2 if low else TOLERANCE):
+    if not gap <= TOLERANCE:
         raise UnsupportedModelError(
             f"{model.cfg.model_name}: {what} of layer {layer}, rebuilt from the residual stream, misses the host's by "
             f"{float(gap):.2g} of its size; this architecture computes it in a way that sinklens does not know. "
@@ -231,7 +230,6 @@ def _proven(
         d_head = sides["k"].content.shape[-1]
         candidates = rotations(cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), d_head)
     best, smallest = None, float("inf")
-    limit = 5e-2 if model.cfg.dtype in (torch.bfloat16, torch.float16) else TOLERANCE
     known = score_scale(model, layer)
     scales = [scoring.scale, 1.0] if known is None else [known]  # GPT-Neo has no scale and no field that says so
     for rotation, scale in itertools.product(candidates, scales):
@@ -246,9 +244,9 @@ def _proven(
                 scores, gap = with_slopes, slope_gap
         if gap < smallest:
             best, smallest = scores, gap
-        if smallest <= limit:
+        if smallest <= TOLERANCE:
             break
-    if best is None or not smallest <= limit:
+    if best is None or not smallest <= TOLERANCE:
         raise UnsupportedModelError(
             f"{model.cfg.model_name}: the scores of layer {layer}, rebuilt from queries and keys, miss the host's by "
             f"{smallest:.2g}; its position embedding is none that sinklens knows. Please report this architecture"

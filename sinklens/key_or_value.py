@@ -41,7 +41,7 @@ TESTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check_metrics(model: TransformerBridge, metrics: Sequence[str] | None) -> tuple[str, ...]:
+def check_metrics(model: TransformerBridge, metrics: Sequence[str] | str | None) -> tuple[str, ...]:
     """The metrics of the 2x2: loss and KL where the model predicts a next token, else the embedding's change.
 
     Raises:
@@ -49,6 +49,7 @@ def check_metrics(model: TransformerBridge, metrics: Sequence[str] | None) -> tu
     """
     facts = capabilities(model)
     predicts = facts.causal and has_trained_head(model)
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     if metrics is None:
         return ("loss", "kl") if predicts else (EMBEDDING,)
     wrong = [m for m in metrics if m not in ("loss", "kl", EMBEDDING)]
@@ -104,7 +105,9 @@ def whole(
     for label, made in hooks.items():
         notes += [f"{label}: {note}" for note in made.notes]
     values = {m: torch.stack([found[m][cell] for cell in CELLS])[:, None] for m in metrics}
-    square = TwoByTwo("all", ("all",), values, torch.ones(1, dtype=torch.bool), tokens.documents, _longest(tokens))
+    together = {m: v[:, 0].clone() for m, v in values.items()}
+    one = torch.ones(1, dtype=torch.bool)
+    square = TwoByTwo("all", ("all",), values, together, one, tokens.documents, _longest(tokens))
     return square, found[metrics[0]], list(dict.fromkeys(notes))
 
 
@@ -131,7 +134,8 @@ def by_layer(
         for m in metrics:
             values[m].append(sweep.metrics[m])
     stacked = {m: torch.stack(v) for m, v in values.items()}
-    return TwoByTwo("layer", keys, stacked, torch.ones(len(keys), dtype=torch.bool), tokens.documents, _longest(tokens))
+    together = _together(model, tokens, places, metrics, most_scored, seed)
+    return _square("layer", keys, stacked, together, None, tokens, places)
 
 
 def by_head(
@@ -176,7 +180,7 @@ def by_head(
         values[m][:, top] = measured.values[m]
     known = torch.zeros(len(keys), dtype=torch.bool)
     known[top] = True
-    return TwoByTwo("head", tuple(keys), values, known, short.documents, _longest(short))
+    return _square("head", keys, values, measured.together, known, short, places)
 
 
 def shortened(tokens: Tokens, places: Places) -> tuple[Tokens, Places]:
@@ -215,7 +219,8 @@ def _heads_by_sweep(
     ]
     values = {m: torch.stack([s.metrics[m] for s in sweeps]) for m in metrics}
     keys: tuple[Any, ...] = sweeps[0].keys
-    return TwoByTwo("head", keys, values, torch.ones(len(keys), dtype=torch.bool), tokens.documents, _longest(tokens))
+    together = _together(model, tokens, places, metrics, most_scored, seed)
+    return _square("head", keys, values, together, None, tokens, places)
 
 
 def _by_forwards(
@@ -247,8 +252,51 @@ def _by_forwards(
                     values[m][..., b] = found[m].view(shape[:2])
             advance()
     moved = {m: v.transpose(0, 1).contiguous() for m, v in values.items()}
-    exact = torch.ones(len(keys), dtype=torch.bool)
-    return TwoByTwo(scope, tuple(keys), moved, exact, tokens.documents, _longest(tokens))
+    together = _together(model, tokens, places, metrics, most_scored, seed)
+    return _square(scope, keys, moved, together, None, tokens, places)
+
+
+def _square(
+    scope: str,
+    keys: Sequence[Key],
+    values: dict[str, Float[Tensor, "cell key batch"]],
+    together: dict[str, Float[Tensor, "cell batch"]],
+    exact: Tensor | None,
+    tokens: Tokens,
+    places: Places,
+) -> TwoByTwo:
+    """The result; NaN for a sequence none of whose sinks is alive in a key's layer."""
+    layers = [key[0] if isinstance(key, tuple) else key for key in keys]
+    alive = torch.tensor(
+        [
+            [any(e.layers is None or layer in e.layers for e in slots(places, tokens, b)) for b in range(len(tokens))]
+            for layer in layers
+        ]
+    )
+    known = {m: torch.where(alive, v, torch.nan) for m, v in values.items()}
+    exact = torch.ones(len(keys), dtype=torch.bool) if exact is None else exact
+    return TwoByTwo(scope, tuple(keys), known, together, exact, tokens.documents, _longest(tokens))
+
+
+def _together(
+    model: TransformerBridge,
+    tokens: Tokens,
+    places: Places,
+    metrics: Sequence[str],
+    most_scored: int | None,
+    seed: int,
+) -> dict[str, Float[Tensor, "cell batch"]]:
+    """All layers and heads at once, on the predictions that single ones are judged by."""
+    made = [ablate_sinks(model, places, cell) for cell in CELLS]
+    found = {m: torch.full((len(CELLS), len(tokens)), math.nan, dtype=torch.float64) for m in metrics}
+    for b in (b for b in range(len(tokens)) if _edited(places, tokens, b)):
+        if EMBEDDING in metrics:
+            found[EMBEDDING][:, b] = embedding_changes(model, tokens, places, b, made)
+        if set(metrics) - {EMBEDDING}:
+            changes = _likelihood(model, tokens, places, b, made, most_scored, seed)
+            for m in set(metrics) - {EMBEDDING}:
+                found[m][:, b] = changes[m]
+    return found
 
 
 def _likelihood(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_output, original
+from sinklens.attention import block_output, logit_factor, original
 from sinklens.decomposition import NUMBERS
 from sinklens.frozen import FrozenNorm, frozen_norm
 from sinklens.models import has_trained_head
@@ -109,7 +109,7 @@ class LogitEffects:
     def _vocabulary(self) -> tuple[Tensor, Tensor, Tensor]:
         """W_U [d_model, vocabulary], its mean column, its columns' covariance."""
         if self._unembedding is None:
-            weight = self.model.W_U.detach().to(self._seen["in"])
+            weight = self.model.W_U.detach().to(self._seen["in"]) * logit_factor(self.model)
             mean = weight.mean(1)
             covariance = weight @ weight.mT / weight.shape[1] - torch.outer(mean, mean)
             self._unembedding = weight, mean, covariance

@@ -13,35 +13,47 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, grouped_by_head
 from sinklens.console import progress_bar
+from sinklens.errors import BadInputError
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
 from sinklens.tokens import Tokens
 
 
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """The ordinary tokens of one sequence: sums of queries and keys [layer, head, d], and how many there are."""
+
+    document: int
+    row: tuple[int, ...]
+    q: Tensor
+    k: Tensor
+    count: int
+
+
 @dataclass(eq=False)
 class MeanInputs:
-    """Sums over the ordinary tokens of each document.
-
-    Attributes:
-        digest: of the tokens they come from.
-        sums: by document: queries and keys [layer, head, d] (keys repeated over the heads that share them), tokens.
-    """
+    """Sums over the ordinary tokens of each sequence of ``tokens`` (keys repeated over the heads that share them)."""
 
     digest: str
-    sums: dict[int, tuple[Tensor, Tensor, int]]
-
-    def documents_of(self, tokens: Tokens) -> int:
-        """How many documents these means have in common with some tokens."""
-        return len(self.sums) if tokens.digest == self.digest else 0
+    sums: list[Sums]
 
     def without(
-        self, document: int, tokens: Tokens
+        self, tokens: Tokens, sequence: int
     ) -> tuple[Float[Tensor, "layer head d"], Float[Tensor, "layer head d"]]:
-        """The mean query and key over all documents but one of the same tokens (over all, of other tokens)."""
-        same = tokens.digest == self.digest and len(self.sums) > 1
-        kept = [entry for d, entry in self.sums.items() if not (same and d == document)]
-        total = max(sum(count for _, _, count in kept), 1)
-        return sum_of([q for q, _, _ in kept]) / total, sum_of([k for _, k, _ in kept]) / total
+        """The mean query and key over all documents but that of a sequence.
+
+        Raises:
+            BadInputError: there is no other.
+        """
+        row = tuple(tokens.row(sequence).tolist())
+        same = tokens.digest == self.digest
+        kept = [s for s in self.sums if s.row != row and not (same and s.document == tokens.documents[sequence])]
+        total = sum(s.count for s in kept)
+        if not total:
+            raise BadInputError(
+                "the mean query and key are taken over other documents, and reference= holds none; give more sequences"
+            )
+        return sum_of([s.q for s in kept]) / total, sum_of([s.k for s in kept]) / total
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -57,7 +69,7 @@ def gather_means(
     normed = "hook_q_normed" in facts.fires
     points = ("hook_q_normed", "hook_k_normed") if normed else ("hook_q", "hook_k")
     heads = (facts.n_heads, facts.n_kv_heads)
-    found = MeanInputs(tokens.digest, {})
+    found = MeanInputs(tokens.digest, [])
     with progress_bar("mean queries and keys", len(tokens), progress) as advance:
         for b in range(len(tokens)):
             one = tokens[b].trim().to(str(model.cfg.device))
@@ -77,8 +89,7 @@ def gather_means(
             run_blocks(model, one.ids, hooks)
             q = torch.stack(sums[0])
             k = torch.stack(sums[1]).repeat_interleave(facts.n_heads // facts.n_kv_heads, 1)
-            document = tokens.documents[b]
-            before = found.sums.get(document, (torch.zeros_like(q), torch.zeros_like(k), 0))
-            found.sums[document] = (before[0] + q, before[1] + k, before[2] + int(kept.sum()))
+            row = tuple(tokens.row(b).tolist())
+            found.sums.append(Sums(tokens.documents[b], row, q, k, int(kept.sum())))
             advance()
     return found

@@ -199,12 +199,12 @@ def reference_places(
     if batch.digest == own.digest:
         return own, places
     kinds = {entry.group for entry in places.entries}
-    sinks = _sinks_of(model, batch)
+    sinks = sinks_of(model, batch)
     same = replace(sinks, sinks=tuple(s for s in sinks if s.kind in kinds))
     return batch, find_places(same)
 
 
-def _sinks_of(model: TransformerBridge, batch: Tokens) -> SinkMap:
+def sinks_of(model: TransformerBridge, batch: Tokens) -> SinkMap:
     """The reference's sinks; the latest few maps are kept, since several edits of an experiment ask for the same."""
     kept = _maps.setdefault(model, OrderedDict())
     if batch.digest not in kept:

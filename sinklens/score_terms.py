@@ -329,7 +329,10 @@ MIN_SPREAD = 0.02
 def key_weights(
     layer: LayerScores, sink: int, queries: Int[Tensor, " query"], q: Float[Tensor, "head pos d"]
 ) -> Float[Tensor, "head pos d"]:
-    """A with ``mean over queries of the raw gap = sum_j <A_j, k_j>`` for keys before rotation: its gradient."""
+    """A with ``mean over queries of the raw gap = sum_j <A_j, k_j>`` for keys before rotation: its gradient.
+
+    The row of the sink is the part of its own key, the other rows are minus the means over the rest.
+    """
     share = layer.scoring.scale / max(len(queries), 1)
     chosen = torch.zeros_like(q)
     chosen[:, queries] = q[:, queries] * share

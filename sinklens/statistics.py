@@ -37,8 +37,9 @@ def interval(
     sums, counts = document_sums(values.double().cpu(), documents)
     if len(sums) < MIN_DOCUMENTS:
         return None
-    if np.ptp(sums / counts) == 0:
-        return float(sums[0] / counts[0]), float(sums[0] / counts[0])
+    means = sums / counts
+    if np.ptp(means) <= 1e-12 * max(float(np.abs(means).max()), 1e-30):  # constant but for rounding
+        return float(means[0]), float(means[0])
     found = bootstrap(
         (sums, counts),
         lambda total, number, axis: total.sum(axis=axis) / number.sum(axis=axis),

@@ -1,9 +1,9 @@
 """``trace_sinks``: which layers write a sink and which erase it, by projection and by replacement.
 
-Direction ``u_l = unit(x_P - mu_l)`` of the primary in *other* documents, at the reference layer of a phase of the traced
-sink's life (where its mass is largest); x_ref: the traced sink's own stream there. Contribution ``<out, u>``, share
-``<out, u> / <x_ref, u>``: the shares of what was written before the reference layer sum to 1. A bridged life has one phase
-per run of active layers. Source: docs/definitions.md, section 5; Wong et al. 2025 for what is asked.
+Direction ``u_l = unit(x_P - mu_l)`` of the primary in *other* documents, at the reference layer of a phase of the
+traced sink's life (where its mass is largest); x_ref: the traced sink's own stream there. Contribution ``<out, u>``,
+share ``<out, u> / <x_ref, u>``: the shares of what was written before the reference layer sum to 1. A bridged life has
+one phase per run of active layers. Source: docs/definitions.md, section 5; Wong et al. 2025 for what is asked.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ def direction(own: Looked, extra: Looked | None, document: int, layer: int) -> F
         found = extra.directions(None)
     if not len(found):
         raise BadInputError(
-            "no other sequence has a strong lasting sink to take a direction from; give reference= more sequences (of 64 "
-            "tokens or more)"
+            "no other sequence has a strong lasting sink to take a direction from; give reference= more sequences (of "
+            "64 tokens or more)"
         )
     mean = found[:, layer].mean(0)
     return mean / mean.norm().clamp(min=1e-30)
@@ -223,8 +223,8 @@ def _contributions(own: Looked, extra: Looked | None, s: int, sink: Sink, runs: 
     added, states = own.at(sink.sequence, sink.position)
     if not own.parts[sink.sequence].summed:
         raise BadInputError(
-            "norms stand on this model's residual stream (post-norm), so what components write is rescaled by every later "
-            "block; decompose_sinks follows it through the norms"
+            "norms stand on this model's residual stream (post-norm), so what components write is rescaled by every "
+            "later block; decompose_sinks follows it through the norms"
         )
     document = own.found.tokens.documents[sink.sequence]
     found = []

@@ -152,7 +152,7 @@ class Causes:
             if not count:
                 mean = self.own.ordinary()
                 self.notes.append(
-                    f"token id {token_id} is a sink wherever it stands: its replacement is the mean over ordinary tokens"
+                    f"token id {token_id} is always a sink: its replacement is the mean over ordinary tokens"
                 )
             self._same[token_id] = mean
         return self._same[token_id]

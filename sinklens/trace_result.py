@@ -148,8 +148,8 @@ class SinkTrace:
         """One row per replacement.
 
         ``at``: "sink", "all sinks", "random layer" or "random token" (controls); ``margin``, ``alpha``, ``beta``: means
-        over the phase's layers behind the component, ``d_``: change from the clean run; ``d_margin_after``: in the three
-        layers behind the phase; ``d_loss`` where it was asked for.
+        over the phase's layers behind the component, ``d_``: change from the clean run; ``d_margin_after``: in the
+        three layers behind the phase; ``d_loss`` where it was asked for.
         """
         rows = []
         by = {(t.sink, t.number): t for t in self.traced}
@@ -229,8 +229,8 @@ class SinkTrace:
         return pd.DataFrame(rows, columns=pd.Index(columns))
 
     def by_component(self, kind: str | None = None) -> pd.DataFrame:
-        """One row per component: in how many phases it is a writer by share and proven, its mean share there, with a 95 %
-        interval over documents.
+        """One row per component: in how many phases it is a writer by share and proven, its mean share there, with a
+        95 % interval over documents.
         """
         table = self.writers()
         table = table[(table.kind == kind) if kind else slice(None)]
@@ -247,7 +247,7 @@ class SinkTrace:
         return pd.DataFrame(rows, columns=columns).sort_values("phases", ascending=False, ignore_index=True)
 
     def plot(self, sink: int | None = None) -> Figure:
-        """Contributions of every component over depth with their running sum; the first sink, or the one numbered so."""
+        """Contributions of every component over depth with their running sum: the first sink, or the one numbered."""
         from sinklens.trace_plots import contribution_bars
 
         return contribution_bars(self, sink)
@@ -277,7 +277,7 @@ class SinkTrace:
         for i, content in enumerate(meta["traced"]):
             content["phase"] = Phase(**content["phase"])
             content["components"] = tuple((str(a), int(b)) for a, b in content["components"])
-            own = {name: tensors[f"{i}.{name}"] for name in ("contributions", "before", "direction")}
+            own: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in ("contributions", "before", "direction")}
             traced.append(Traced(**content, **own))
         batch = {n.removeprefix("tokens."): t for n, t in tensors.items() if n.startswith("tokens.")}
         return cls(

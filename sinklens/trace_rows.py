@@ -91,7 +91,10 @@ def run_rows(
         _run(model, ids, rows[start : start + at_once], tracked, no_sink, scored)
         for start in range(0, len(rows), at_once)
     ]
-    return Seen(*(torch.cat([getattr(p, name) for p in parts]) for name in ("margin", "alpha", "beta", "loss")))
+    margin, alpha, beta, loss = (
+        torch.cat([getattr(p, name) for p in parts]) for name in ("margin", "alpha", "beta", "loss")
+    )
+    return Seen(margin, alpha, beta, loss)
 
 
 def _run(
@@ -104,7 +107,8 @@ def _run(
 ) -> Seen:
     facts = capabilities(model)
     shape = (len(rows), len(tracked), facts.n_layers)
-    found = Seen(*(torch.full(shape, torch.nan) for _ in range(3)), torch.full((len(rows),), torch.nan))
+    margin, alpha, beta = (torch.full(shape, torch.nan) for _ in range(3))
+    found = Seen(margin, alpha, beta, torch.full((len(rows),), torch.nan))
     length = ids.shape[1]
     index = torch.arange(length, device=ids.device)
     rest = no_sink.clone()

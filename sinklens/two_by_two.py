@@ -53,11 +53,13 @@ class TwoByTwo:
         exact: whether a key was measured, or estimated to first order.
         documents: of each sequence.
         length: the longest sequence, in tokens.
+        together: the same for all keys at once, on the same predictions: [cell, batch].
     """
 
     scope: str
     keys: tuple[Key, ...]
     values: dict[str, Float[Tensor, "cell key batch"]]
+    together: dict[str, Float[Tensor, "cell batch"]]
     exact: Bool[Tensor, " key"]
     documents: tuple[int, ...]
     length: int
@@ -90,18 +92,23 @@ class TwoByTwo:
                 rows.append(row)
         return pd.DataFrame(rows)
 
-    def additive_gap(self, whole: TwoByTwo) -> pd.DataFrame:
-        """How far the parts of these keys, summed, are from the parts of all heads at once: they are not additive."""
+    def additive_gap(self) -> pd.DataFrame:
+        """How far the parts of these keys, summed, are from the parts of all of them at once, on the same predictions.
+
+        ``estimated``: how many of the keys entered as first-order estimates.
+        """
         rows = []
         for metric in self.values:
             for name in PARTS:
-                summed, direct = self.part(metric, name).sum(0), whole.part(metric, name)[0]
-                gap = summed - direct if len(summed) == len(direct) else torch.tensor([math.nan])
-                low, high = _interval(gap, self.documents) if len(gap) == len(self.documents) else (math.nan, math.nan)
+                parts, direct = self.part(metric, name), shapley(self.together[metric].double())[name]
+                summed = torch.where(parts.isnan().all(0), torch.nan, parts.nansum(0))
+                gap = summed - direct
+                low, high = _interval(gap, self.documents)
                 rows.append(
                     {
                         "metric": metric,
                         "part": name,
+                        "estimated": int((~self.exact).sum()),
                         "summed": float(summed.nanmean()),
                         "all_at_once": float(direct.nanmean()),
                     }
@@ -118,7 +125,8 @@ class TwoByTwo:
             "length": self.length,
             "metrics": list(self.values),
         }
-        return {**self.values, "exact": self.exact}, meta
+        both = {f"together.{name}": t for name, t in self.together.items()}
+        return {**self.values, **both, "exact": self.exact}, meta
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> TwoByTwo:
@@ -127,6 +135,7 @@ class TwoByTwo:
             scope=meta["scope"],
             keys=tuple((int(k[0]), int(k[1])) if isinstance(k, list) else k for k in meta["keys"]),
             values={name: tensors[name] for name in meta["metrics"]},
+            together={name: tensors[f"together.{name}"] for name in meta["metrics"]},
             exact=tensors["exact"],
             documents=tuple(meta["documents"]),
             length=meta["length"],
@@ -157,6 +166,7 @@ class Claims:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per claim: what was tested, its effect with a 95 % interval over documents, and the verdict.
 
+        ``zero``, ``zero_low``, ``zero_high``: parking the mass and writing nothing, against the unedited model.
         An edit *keeps* the metric if the interval of its effect lies within a tenth of renormalize's mean effect;
         a verdict is "supported", "contradicted" or, where the interval does not decide, "undecided"; "nothing to
         explain" where removing the sinks has no effect that can be told from 0.
@@ -171,6 +181,9 @@ class Claims:
             self._row("key bias", "fixed_key, neutral value", self.changes.get("fixed_key, neutral value")),
             self._row("constant offset", "fixed_logit", self.changes.get("fixed_logit")),
         ]
+        zero = self.changes["zero"]
+        zero_low, zero_high = _interval(zero, self.documents)
+        rows[0] |= {"zero": float(zero.nanmean()), "zero_low": zero_low, "zero_high": zero_high}
         for row in rows:
             row |= {"removal": effect, "removal_low": low, "removal_high": high}
             keeps = row["low"] >= -room and row["high"] <= room
@@ -182,7 +195,9 @@ class Claims:
             elif not explained:
                 row["verdict"] = "nothing to explain"
             elif row["claim"] == "mass effect":
-                row["verdict"] = "supported" if breaks else "contradicted" if keeps else "undecided"
+                helps = row["low"] > room if effect > 0 else row["high"] < -room
+                against = keeps or (breaks and not helps)
+                row["verdict"] = "supported" if helps else "contradicted" if against else "undecided"
             else:
                 row["verdict"] = "supported" if keeps else "contradicted" if breaks else "undecided"
         return pd.DataFrame([*rows, self._parameter_row()])
@@ -199,13 +214,16 @@ class Claims:
         row |= {"effect": float(self.parameters.nanmean()), "low": low, "high": high}
         row["removal"] = float(self.gaps.nanmean())
         row["removal_low"], row["removal_high"] = _interval(self.gaps, self.sink_documents)
+        known = ~(self.parameters + self.gaps).isnan()
         most = _interval(self.parameters - 0.5 * self.gaps, self.sink_documents)
         little = _interval(self.parameters.abs() - MARGIN * self.gaps.abs(), self.sink_documents)
-        if bool((self.parameters.nan_to_num() == 0).all()):
+        if not known.any():
+            row["verdict"] = "not tested"
+        elif bool((self.parameters[known] == 0).all()):  # there are no such parameters: nothing to estimate
             row["verdict"] = "contradicted"
-        elif most[0] > 0:
+        elif most[0] > 0 and row["removal_low"] > 0:
             row["verdict"] = "supported"
-        elif little[1] < 0:
+        elif little[1] < 0 and row["removal_low"] > 0:
             row["verdict"] = "contradicted"
         else:
             row["verdict"] = "undecided"

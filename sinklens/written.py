@@ -27,15 +27,15 @@ class Written:
         values: ``v_k - b_V`` of each sink: [head, sink, d_v].
         rest: ``(1 - sigma) (o_R - b_V)``: [head, query, d_v].
         output: all of the head's output without b_V.
-        off_manifold: ``|o_R + sigma (o_S - b_V)|`` over ``|z|``, mean over the queries that see a sink and something
-            else: how far from anything the model ever sees the cell (0, 1) of the 2x2 is.
+        share, learned: of the weights: on the tokens that are no sink, and on a learned logit: [head, query].
     """
 
     attention: Float[Tensor, "head query sink"]
     values: Float[Tensor, "head sink d_v"]
     rest: Float[Tensor, "head query d_v"]
     output: Float[Tensor, "head query d_v"]
-    off_manifold: Float[Tensor, " head"]
+    share: Float[Tensor, "head query"]
+    learned: Float[Tensor, "head query"]
 
 
 def written(layer: LayerScores, sinks: Sequence[int], bias: Float[Tensor, "head d_v"] | None) -> Written:
@@ -54,13 +54,26 @@ def written(layer: LayerScores, sinks: Sequence[int], bias: Float[Tensor, "head 
     output = rest + of_sinks
     mass = attention.sum(-1, keepdim=True)
     learned = 1 - share - mass[..., 0] if layer.scoring.learned is not None else torch.zeros_like(share)
-    z = output + (1 - learned[..., None]) * b_v[:, None]
-    both = ((mass[..., 0] > 0) & (share > 0)).to(z)
-    kept = share + learned  # o_R with the learned logit in its denominator, as the edits take it
-    other = (rest + share[..., None] * b_v[:, None]) / kept[..., None].clamp(min=1e-30) + of_sinks
-    ratio = other.norm(dim=-1) / z.norm(dim=-1).clamp(min=1e-30)
-    off = (ratio * both).sum(-1) / both.sum(-1).clamp(min=1)
-    return Written(attention, values, rest, output, off)
+    return Written(attention, values, rest, output, share, learned)
+
+
+def off_manifold(
+    found: Written, chosen: Sequence[int], bias: Float[Tensor, "head d_v"] | None
+) -> Float[Tensor, "head query"]:
+    """``|o_R + sigma (o_S - b_V)|`` over ``|z|`` for S the chosen ones of the sinks (by number), R everything else.
+
+    How far from anything the model ever sees the cell (0, 1) of the 2x2 is. R holds the other sinks, a learned logit.
+    """
+    others = [i for i in range(found.attention.shape[-1]) if i not in set(chosen)]
+    b_v = (
+        found.values.new_zeros(found.values.shape[0], found.values.shape[-1]) if bias is None else bias.to(found.values)
+    )
+    z = found.output + (1 - found.learned[..., None]) * b_v[:, None]
+    weight = found.share + found.attention[..., others].sum(-1)
+    of_rest = found.rest + found.attention[..., others] @ found.values[:, others] + weight[..., None] * b_v[:, None]
+    kept = (weight + found.learned)[..., None].clamp(min=1e-30)  # the learned logit stays in o_R's denominator
+    cell = of_rest / kept + found.attention[..., list(chosen)] @ found.values[:, list(chosen)]
+    return cell.norm(dim=-1) / z.norm(dim=-1).clamp(min=1e-30)
 
 
 def _column(layer: LayerScores, key: int) -> Float[Tensor, "head query"]:

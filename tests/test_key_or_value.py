@@ -15,9 +15,9 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.key_or_value import _by_forwards, embedding_changes, shortened
-from sinklens.places import find_places
+from sinklens.places import Place, Places, find_places
 from sinklens.tokens import as_tokens
-from sinklens.two_by_two import CELLS, TwoByTwo, shapley
+from sinklens.two_by_two import CELLS, Claims, TwoByTwo, shapley
 
 X, ORDINARY, SIZE = 3, range(4, 12), 16
 LENGTH, DOCUMENTS = 64, 16
@@ -95,7 +95,6 @@ def test_planted_heads_are_told_apart(kind: str, verdicts: tuple[str, ...]) -> N
         assert share.isnan().all() or share.nanmedian() > 0.999
     else:
         assert share.nanmedian() < 0.5
-    assert kind in ("key bias", "offset", "writer")
     assert "supported" in found.summary() or kind == "writer"
 
 
@@ -113,15 +112,29 @@ def test_no_share_where_the_total_may_be_zero() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(3, 1, 20, generator=generator, dtype=torch.float64)
     documents = tuple(range(20))
-    unsure = TwoByTwo("all", ("all",), {"loss": noise}, torch.ones(1, dtype=torch.bool), documents, 8)
+    unsure = TwoByTwo(
+        "all", ("all",), {"loss": noise}, {"loss": noise[:, 0]}, torch.ones(1, dtype=torch.bool), documents, 8
+    )
     assert unsure.to_dataframe().mass_share.isna().all()
     clear = noise * 0.01 + torch.tensor([2.0, 0.5, 1.2])[:, None, None]
-    row = TwoByTwo("all", ("all",), {"loss": clear}, torch.ones(1, dtype=torch.bool), documents, 8).to_dataframe()
+    row = TwoByTwo(
+        "all", ("all",), {"loss": clear}, {"loss": clear[:, 0]}, torch.ones(1, dtype=torch.bool), documents, 8
+    ).to_dataframe()
     assert float(row.mass_share[0]) == pytest.approx(1.35 / 2, abs=0.01)
-    few = TwoByTwo("all", ("all",), {"loss": clear[..., :4]}, torch.ones(1, dtype=torch.bool), documents[:4], 8)
+    few = TwoByTwo(
+        "all",
+        ("all",),
+        {"loss": clear[..., :4]},
+        {"loss": clear[:, 0, :4]},
+        torch.ones(1, dtype=torch.bool),
+        documents[:4],
+        8,
+    )
     assert few.to_dataframe().mass_share.isna().all()
     opposed = noise * 0.01 + torch.tensor([2.0, 2.5, -1.0])[:, None, None]
-    row = TwoByTwo("all", ("all",), {"loss": opposed}, torch.ones(1, dtype=torch.bool), documents, 8).to_dataframe()
+    row = TwoByTwo(
+        "all", ("all",), {"loss": opposed}, {"loss": opposed[:, 0]}, torch.ones(1, dtype=torch.bool), documents, 8
+    ).to_dataframe()
     assert row.mass_share.isna().all()
 
 
@@ -175,9 +188,13 @@ def test_layers_and_heads_agree_between_the_routes() -> None:
     assert few.values["kl"][:, ~few.exact].isnan().all()
     assert few.part("loss", "interaction")[~few.exact].abs().max() < 1e-5  # linear: no interaction
     assert few.part("loss", "interaction")[few.exact].abs().max() > 1e-4
-    gap = exact.additive_gap(found.effects["all"])
-    row = next(r for r in gap.to_dict("records") if r["metric"] == "loss" and r["part"] == "total")
-    assert row["gap"] == pytest.approx(row["summed"] - row["all_at_once"])
+    whole = found.effects["all"]
+    for scope in ("layer", "head"):  # no other sink here, so all predictions are common
+        assert (found.effects[scope].together["loss"] - whole.values["loss"][:, 0]).abs().max() < 1e-5
+    gaps = {(r["metric"], r["part"]): r for r in exact.additive_gap().to_dict("records")}
+    summed = exact.part("loss", "total").sum(0) - whole.part("loss", "total")[0]
+    assert gaps["loss", "total"]["gap"] == pytest.approx(float(summed.mean()), abs=1e-5)
+    assert abs(gaps["loss", "total"]["gap"]) > 1e-4
 
 
 def test_heads_use_the_first_128_tokens() -> None:
@@ -189,3 +206,41 @@ def test_heads_use_the_first_128_tokens() -> None:
     assert places.positions == (0,)
     with pytest.raises(sl.BadInputError, match="hold none of the sinks"):
         shortened(batch, find_places([140]))
+
+
+def claims_of(changes: dict[str, list[float]], parameters: float, gaps: float) -> dict[str, str]:
+    documents = tuple(range(20))
+    noise = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.01
+    values = {name: noise + value[0] for name, value in changes.items()}
+    made = Claims("loss", values, noise + parameters, noise.flip(0) + gaps, documents, documents)
+    return dict(zip(made.to_dataframe().claim, made.to_dataframe().verdict, strict=True))
+
+
+def test_verdicts_follow_the_intervals_and_signs() -> None:
+    def changes(renormalize: float, zero: float, key: float, logit: float) -> dict[str, list[float]]:
+        named = {"renormalize": renormalize, "zero": zero, "value_only": 0.0}
+        return {n: [v] for n, v in (named | {"fixed_key, neutral value": key, "fixed_logit": logit}).items()}
+
+    good = claims_of(changes(1.0, 0.2, 0.02, 0.5), parameters=3.0, gaps=4.0)
+    assert good == {
+        "mass effect": "supported", "key bias": "supported", "constant offset": "contradicted",
+        "parameter bias": "supported",
+    }  # fmt: skip
+    worse = claims_of(changes(1.0, 3.0, 0.1, 0.1), parameters=0.02, gaps=4.0)
+    assert worse["mass effect"] == "contradicted"  # the mass alone is worse than no sink at all
+    assert worse["key bias"] == "undecided"
+    assert worse["parameter bias"] == "contradicted"
+    assert claims_of(changes(0.0, 0.5, 0.5, 0.5), 1.0, 1.0)["key bias"] == "nothing to explain"
+    assert claims_of(changes(1.0, 0.2, 0.0, 0.0), parameters=-0.05, gaps=-3.0)["parameter bias"] == "undecided"
+    assert claims_of(changes(1.0, 0.2, 0.0, 0.0), math.nan, math.nan)["parameter bias"] == "not tested"
+
+
+def test_a_sequence_without_a_living_sink_counts_as_nothing() -> None:
+    _, model = build_pair("llama")
+    batch = as_tokens(model, torch.stack(random_rows((40, 40)))).to("cpu")
+    entries = (Place(0, 0, frozenset({0, 1}), "a"), Place(1, 0, frozenset({1}), "a"))
+    places = Places(tokens=batch, entries=entries)
+    slow = _by_forwards(model, batch, places, ("loss",), [0, 1], None, 0, False)
+    assert slow.values["loss"][:, 0, 1].isnan().all()
+    assert slow.values["loss"][:, 1].isfinite().all()
+    assert len(slow.additive_gap()) == 4

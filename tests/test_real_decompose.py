@@ -28,7 +28,7 @@ def check_sums(found: sl.SinkDecomposition, tolerance: float) -> None:
         assert (sum(found.number(n) for n in split) + beyond - gap)[known].abs().max() < tolerance
     whole = gap - found.number("log_rest") - found.number("peakedness") - found.number("learned")
     assert (whole - found.number("margin"))[known].abs().max() < tolerance
-    for side in (found.key_side, found.query_side):
+    for side in (found.key_side + found.rest_side, found.query_side):
         assert (side.nansum(-1) + beyond - gap)[known].abs().max() < 5 * tolerance
 
 
@@ -90,7 +90,7 @@ def test_smollm2_removing_the_named_layer_moves_the_score_by_what_was_said(
         gaps = [scores[head, i, sink] - scores[head, i, keys].mean() for i, keys in zip(queries, rest, strict=True)]
         return float(torch.stack(gaps).mean())
 
-    said = found.key_side[1, 0, :, found.components.index(("mlp", 2))]
+    said = (found.key_side + found.rest_side)[1, 0, :, found.components.index(("mlp", 2))]
     for head in range(9):
         assert gap(before, head) - gap(seen["after"], head) == pytest.approx(float(said[head]), abs=2e-3)
     assert float(said.mean()) > 3  # nats: it is the writer
