@@ -3,8 +3,8 @@
     python docs/make_decompositions.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
     python docs/make_decompositions.py write STORE         # tables from all finished pieces
 
-Every document of python-docs with at least 256 tokens, the first 512 of each; layers and heads one by one on the first
-16 of them. At most 128 predictions per document are scored.
+The first 512 tokens of the first 24 documents of python-docs (of at least 256 tokens) that hold a sink of the kind;
+layers and heads one by one on the first 16 of them. At most 128 predictions per document are scored.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sinklens.results import write_text
 MODELS = ("smollm2-135m", "gemma3-270m", "minilm-l6")
 KINDS = ("primary", "secondary")
 SCORED = 128
+DOCUMENTS = 24
 FEW = 16
 MARK = "<!-- decompositions -->"
 NUMBERS = (
@@ -41,16 +42,17 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     model = sl.load_model(name)
     tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
     sinks = sl.find_sinks(model, tokens)
-    first = [b for b in range(len(tokens)) if any(s.sequence == b for s in sinks.primary)][:FEW]
-    few = tokens[first]
+
+    def piece_of(kind: str, most: int, **options: Any) -> sl.SinkDecomposition:
+        holding = [b for b in range(len(tokens)) if any(s.sequence == b for s in sinks.where(kind=kind))][:most]
+        chosen = tokens[holding]
+        own = sl.find_sinks(model, chosen).where(kind=kind)
+        return sl.decompose_sinks(model, chosen, own, most_scored=SCORED, **options)
+
     pieces: dict[str, Any] = {
-        kind: lambda kind=kind: sl.decompose_sinks(model, tokens, sinks.where(kind=kind), most_scored=SCORED)
-        for kind in KINDS
-        if len(sinks.where(kind=kind))
+        kind: lambda kind=kind: piece_of(kind, DOCUMENTS) for kind in KINDS if len(sinks.where(kind=kind))
     }
-    pieces["layers and heads"] = lambda: sl.decompose_sinks(
-        model, few, sl.find_sinks(model, few).primary, layers=[0], effects=("all", "layer", "head"), most_scored=SCORED
-    )
+    pieces["layers and heads"] = lambda: piece_of("primary", FEW, layers=[0], effects=("all", "layer", "head"))
     for piece, make in pieces.items():
         path = store / f"{name}-{piece.replace(' ', '-')}.safetensors"
         if (not wanted or piece in wanted) and not path.is_file():
@@ -162,9 +164,9 @@ def write(store: Path) -> None:
     parts = [
         MARK,
         "# Sinks taken apart",
-        f"Written by `python docs/make_decompositions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
-        f"of `python-docs` with at least 256 tokens, the first 512 of each; at most {SCORED} predictions per document "
-        f"are scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens). Numbers are means "
+        f"Written by `python docs/make_decompositions.py` on {date.today()}, sinklens {sl.__version__}. The first 512 "
+        f"tokens of the first {DOCUMENTS} documents of `python-docs` (of at least 256 tokens) that hold a sink of the "
+        f"kind; at most {SCORED} predictions per document are scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens). Numbers are means "
         "over the queries at least 16 tokens away, heads and layers of each sink's life, then over sinks; intervals: "
         "95 % BCa over documents. Parts of the loss are Shapley values: negative, the model is better for having it. "
         "The models are 4-bit GGUF weights, dequantised (MiniLM: safetensors).",
