@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sinklens.metrics import token_loss
     from sinklens.models import load_model
     from sinklens.outcome import Experiment
+    from sinklens.planting import plant_sinks
     from sinklens.proof import Capabilities, capabilities
     from sinklens.residual_edits import ablate_residual
     from sinklens.scan import write_scan
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from sinklens.sweep_result import Sweep
     from sinklens.sweeps import sweep_ablation
     from sinklens.tokens import Tokens, load_tokens
+    from sinklens.trace import trace_sinks
+    from sinklens.trace_result import SinkTrace
     from sinklens.two_by_two import Claims, TwoByTwo
     from sinklens.variants import BosVariants, bos_variants
     from sinklens.views import TokenView, attention_grid, attention_map
@@ -63,6 +66,7 @@ _HOMES = {
     "SinkDecomposition": "decomposition",
     "SinkMap": "sinkmap",
     "SinkScores": "scores",
+    "SinkTrace": "trace_result",
     "SinklensError": "errors",
     "SinklensWarning": "errors",
     "Subject": "decomposition",
@@ -87,6 +91,7 @@ _HOMES = {
     "load_model": "models",
     "load_tokens": "tokens",
     "patch_bos": "bos",
+    "plant_sinks": "planting",
     "restrict_attention": "swap",
     "run_experiment": "experiment",
     "sink_anatomy": "anatomy",
@@ -94,6 +99,7 @@ _HOMES = {
     "swap_attention": "swap",
     "sweep_ablation": "sweeps",
     "token_loss": "metrics",
+    "trace_sinks": "trace",
     "write_decomposition": "decompose_page",
     "write_experiment": "experiment_page",
     "write_scan": "scan",
@@ -114,6 +120,7 @@ __all__ = [
     "SinkDecomposition",
     "SinkMap",
     "SinkScores",
+    "SinkTrace",
     "SinklensError",
     "SinklensWarning",
     "Subject",
@@ -138,6 +145,7 @@ __all__ = [
     "load_model",
     "load_tokens",
     "patch_bos",
+    "plant_sinks",
     "restrict_attention",
     "run_experiment",
     "sink_anatomy",
@@ -145,6 +153,7 @@ __all__ = [
     "swap_attention",
     "sweep_ablation",
     "token_loss",
+    "trace_sinks",
     "write_decomposition",
     "write_experiment",
     "write_scan",

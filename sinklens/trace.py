@@ -31,6 +31,7 @@ from sinklens.stream_parts import StreamParts, stream_parts
 from sinklens.tokens import Tokens, as_tokens, load_tokens
 from sinklens.trace_causes import Causes
 from sinklens.trace_result import Phase, SinkTrace, Traced
+from sinklens.vocabulary import vocabulary
 
 REPLACEMENTS = ("same_id", "zero", "mean", "project")
 
@@ -102,11 +103,8 @@ def trace_sinks(
 
 def phases(found: SinkMap, sink: Sink) -> list[Phase]:
     """The runs of active layers of a sink's life; the reference layer is where its mass is largest."""
-    length = found.mass.shape[-1]
-    assert sink.position < length
-    active = activity(
-        found.mass[sink.sequence, :, sink.position], found.uniform[sink.sequence, :, sink.position], found.thresholds
-    )
+    b, p = sink.sequence, sink.position
+    active = activity(found.mass[b], found.uniform[b], found.thresholds)[:, p]
     runs: list[list[int]] = []
     for layer in range(sink.onset, sink.end + 1):
         if bool(active[layer]):
@@ -185,14 +183,20 @@ def _reference(
 ) -> Looked | None:
     """Further sequences, where the own ones lack a primary in another document or a token of a sink's id."""
     documents = {own.found.tokens.documents[s.sequence] for s in own.found}
-    lacking = any(not len(own.directions(d)) for d in documents)
-    lacking |= any(not own.same_id(s.token_id)[1] for s in own.found)
-    if reference is None and not lacking:
+    aimless = any(not len(own.directions(d)) for d in documents)
+    lacking = {s.token_id for s in own.found if not own.same_id(s.token_id)[1]}
+    special = set(vocabulary(model).special_ids)
+    if reference is None and not aimless and lacking <= special:  # a BOS is a sink wherever it stands
         return None
     if reference is None:
         context = capabilities(model).context
         length = 512 if context is None else min(512, context)
-        reference = load_tokens(model, "python-docs", n_seqs=DEFAULT_SEQUENCES, seq_len=length)
+        try:
+            reference = load_tokens(model, "python-docs", n_seqs=DEFAULT_SEQUENCES, seq_len=length)
+        except BadInputError:  # a model without a tokenizer
+            if aimless:
+                raise
+            return None
         notes.append("directions or tokens of the same id that these sequences lack come from 16 chunks of python-docs")
     batch = as_tokens(model, reference).to("cpu")
     with warnings.catch_warnings():

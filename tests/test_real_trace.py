@@ -1,0 +1,53 @@
+"""trace_sinks on SmolLM2's Text A: the writers and erasers that are known, and planting."""
+
+from __future__ import annotations
+
+import pytest
+from transformer_lens.model_bridge import TransformerBridge
+
+import sinklens as sl
+
+pytestmark = pytest.mark.real
+
+
+def test_smollm2_writers_and_erasers_of_text_a(smollm2: TransformerBridge, text_a: str) -> None:
+    reference = sl.load_tokens(smollm2, n_seqs=2, seq_len=160)
+    trace = sl.trace_sinks(smollm2, text_a, reference=reference, replacements=("same_id", "zero"), loss=True)
+    rows = {(r["position"], r["phase"]): r for r in trace.writers().to_dict("records")}
+    assert {key: row["writer"] for key, row in rows.items()} == {
+        (0, 0): "mlp 2", (0, 1): "mlp 11", (10, 0): "mlp 2", (46, 0): "mlp 2",
+    }  # fmt: skip
+    for key, contribution in (((0, 0), 627), ((0, 1), 23665), ((10, 0), 607), ((46, 0), 444)):
+        assert rows[key]["contribution"] == pytest.approx(contribution, rel=0.1)
+        assert rows[key]["d_margin"] < -1
+    assert rows[0, 1]["share"] == pytest.approx(1.0, abs=0.02)
+    erasers = trace.erasers()
+    at = {p: set(erasers[erasers.position == p].eraser) for p in (10, 46)}
+    assert at[10] == {"mlp 8", "mlp 9", "mlp 10"}
+    assert at[46] == {"mlp 8", "mlp 9", "mlp 10"}
+    assert {"mlp 28", "mlp 29"} <= set(erasers[(erasers.position == 0) & (erasers.phase == 1)].eraser)
+    effects = trace.effects()
+    zero = effects[(effects["at"] == "sink") & (effects.replacement == "zero") & (effects.component == "mlp")]
+    ten = zero[(zero.position == 10) & (zero.layer == 2)].to_dict("records")[0]
+    assert ten["alpha"] < 0.2
+    assert ten["d_alpha"] < -0.15
+    assert ten["d_loss"] < 0.1  # the model hardly misses it
+    early = effects[(effects.position == 10) & (effects.layer == 1) & (effects.component == "mlp")]
+    assert early.d_margin.min() < -1.5  # MLP 1 matters as much: it feeds MLP 2
+    gone = zero[(zero.position == 0) & (zero.layer == 11)].to_dict("records")[0]
+    assert gone["d_loss"] == pytest.approx(5.47 - 3.93, abs=0.35)
+    controls = effects[effects["at"] == "random token"]
+    assert controls.d_margin.abs().max() < 0.1
+
+
+def test_smollm2_planting_mlp_2_makes_a_sink(smollm2: TransformerBridge, text_a: str) -> None:
+    reference = sl.load_tokens(smollm2, n_seqs=2, seq_len=160)
+    secondary = sl.find_sinks(smollm2, text_a).secondary
+    trace = sl.trace_sinks(smollm2, text_a, secondary, reference=reference, causal=False)
+    table = sl.plant_sinks(smollm2, trace, positions=(30, 60), n_random=2)
+    first = table[table.sink == 10]
+    alpha = {(r["position"], r["added"]): r["alpha"] for r in first.to_dict("records")}
+    assert alpha[30, "writer"] > 0.1
+    assert alpha[60, "writer"] > 0.1
+    assert max(alpha[p, "random"] for p in (30, 60)) < 0.03
+    assert max(alpha[p, "flipped"] for p in (30, 60)) < 0.03

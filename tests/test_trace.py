@@ -1,0 +1,187 @@
+"""trace_sinks on models whose writers and erasers are planted."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from architectures import build_pair, random_rows
+from transformer_lens.model_bridge import TransformerBridge
+
+import sinklens as sl
+from sinklens.components import component_name
+from sinklens.trace_rows import Row, run_rows
+
+X, Y, ORDINARY = 3, 4, range(5, 12)
+SIZE, LAYERS, LENGTH = 16, 10, 100
+WRITES_Y, WRITES_X, ERASES_X = 0, 3, 7
+
+
+def planted_writers(erase: bool = True) -> TransformerBridge:
+    """Token Y gets a direction from one neuron of MLP 0, token X the same one from MLP 3 (and loses it in MLP 7).
+
+    Every head's key reads that direction, every query asks for it (b_Q); nothing else moves the stream.
+    """
+    config = tf.GPT2Config(
+        vocab_size=12, n_positions=256, n_embd=SIZE, n_layer=LAYERS, n_head=2, n_inner=8, bos_token_id=1,
+        eos_token_id=2, activation_function="relu",
+    )  # fmt: skip
+    model: Any = tf.GPT2LMHeadModel(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "ln" not in name:
+                weight.zero_()
+        noise = torch.randn(SIZE, SIZE, generator=generator)
+        noise[:, 0] = 1.0
+        basis = torch.linalg.qr(noise)[0][:, 1:].T * math.sqrt(SIZE)  # rows of mean 0, orthogonal, of unit variance
+        embedding = model.transformer.wte.weight
+        embedding[3:] = basis[:9]
+        direction = basis[10] / math.sqrt(SIZE)
+
+        def neuron(layer: int, number: int, token: int, amount: float) -> None:
+            mlp = model.transformer.h[layer].mlp
+            mlp.c_fc.weight[:, number] = embedding[token] / SIZE
+            mlp.c_proj.weight[number] = amount * direction
+
+        neuron(WRITES_Y, 2, Y, 40.0)
+        neuron(WRITES_X, 5, X, 40.0)
+        for layer, block in enumerate(model.transformer.h):
+            attention = block.attn.c_attn
+            if layer > 0:
+                for head in range(2):
+                    at = head * 8
+                    attention.bias[at] = 2.0 * math.sqrt(8)
+                    attention.weight[:, SIZE + at] = direction
+        if erase:  # X's own part of the stream is small beside what was written: a large weight reads it
+            mlp = model.transformer.h[ERASES_X].mlp
+            scale = math.sqrt((SIZE + 40.0**2) / SIZE)  # LN divides by this at X
+            mlp.c_fc.weight[:, 1] = embedding[X] / SIZE * scale
+            mlp.c_proj.weight[1] = -40.0 * direction
+    return sl.load_model(model)
+
+
+def texts(rows: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(ORDINARY.start, ORDINARY.stop, (rows, LENGTH), generator=generator)
+    ids[:, 0] = Y
+    ids[:, 20] = X
+    return ids
+
+
+def test_planted_writers_and_erasers_are_named_and_proven() -> None:
+    model = planted_writers()
+    found = sl.find_sinks(model, texts())
+    assert {(s.position, s.kind) for s in found} == {(0, "primary"), (20, "secondary")}
+    trace = sl.trace_sinks(model, texts(), found, progress=False)
+    writers = {
+        (row["position"], row["writer"]): row for row in trace.writers().to_dict("records") if row["sequence"] == 0
+    }
+    assert set(writers) == {(0, f"mlp {WRITES_Y}"), (20, f"mlp {WRITES_X}")}
+    for row in writers.values():
+        assert row["share"] == pytest.approx(1.0, abs=0.05)
+        assert row["contribution"] == pytest.approx(40.0, rel=0.05)
+        assert row["d_margin"] < -1
+        assert row["proven"] is True
+    erasers = trace.erasers()
+    assert set(zip(erasers.position, erasers.eraser, strict=True)) == {(20, f"mlp {ERASES_X}")}
+    assert (erasers.share + 1).abs().max() < 0.05
+    assert (erasers.d_margin_after > 1).all()
+    assert any("always a sink" in note for note in trace.notes)
+    assert trace.by_component("secondary").writer.tolist() == [f"mlp {WRITES_X}"]
+
+
+def test_contributions_sum_to_the_stream_at_the_reference_layer() -> None:
+    planted = planted_writers(erase=False)
+    trace = sl.trace_sinks(planted, texts(), causal=False, progress=False)
+    table = trace.to_dataframe()
+    for one in trace.traced:
+        early = sum(share for _, share in one.shares())
+        assert early == pytest.approx(1.0, abs=1e-4)
+        mine = table[(table.sequence == one.sequence) & (table.position == one.position)]
+        assert set(mine.component) == {"embed", "attn", "mlp"}
+        last = mine.cumulative.tolist()[-1]
+        assert last == pytest.approx(float(one.contributions.sum()), rel=1e-5)
+    assert trace.writers().proven.isna().all()
+    assert len(trace.effects()) == 0
+
+
+def test_rows_equal_single_runs() -> None:
+    """Several edits as rows of one batch, against each by itself, on an architecture with grouped heads."""
+    _, model = build_pair("qwen2")
+    ids = torch.stack(random_rows((60,)))
+    no_sink = torch.ones(60, dtype=torch.bool)
+    no_sink[[0, 4]] = False
+    generator = torch.Generator().manual_seed(0)
+    rows = [Row(None)]
+    rows += [Row((kind, layer), (p,), torch.randn(1, 32, generator=generator)) for kind, layer, p in
+             (("mlp", 0, 4), ("attn", 0, 4), ("attn", 1, 9), ("mlp", 0, 30))]  # fmt: skip
+    scored = torch.arange(5, 50)
+    together = run_rows(model, ids, rows, [0, 4], no_sink, scored)
+    for r, row in enumerate(rows):
+        alone = run_rows(model, ids, [row], [0, 4], no_sink, scored)
+        for name in ("margin", "alpha", "beta", "loss"):
+            gap = (getattr(together, name)[r] - getattr(alone, name)[0]).nan_to_num().abs().max()
+            assert gap < 1e-5, (name, row.component)
+    moved = (together.margin[1] - together.margin[0]).abs()
+    assert moved[1, 0] == 0.0  # layer 0's attention comes before MLP 0 writes
+    assert moved[1, 1] > 1e-3
+    assert together.loss[3] != together.loss[0]
+
+
+def test_margins_and_importance_are_those_of_find_sinks(tmp_path: Path) -> None:
+    model = planted_writers()
+    ids = texts(1)
+    found = sl.find_sinks(model, ids)
+    no_sink = torch.ones(LENGTH, dtype=torch.bool)
+    no_sink[[0, 20]] = False
+    seen = run_rows(model, ids, [Row(None)], [0, 20], no_sink)
+    for t, position in enumerate((0, 20)):
+        assert (seen.beta[0, t] - found.mass[0, :, position]).abs().max() < 1e-5
+    trace = sl.trace_sinks(model, texts(), progress=False)
+    again = sl.SinkTrace.load(trace.save(tmp_path / "trace.safetensors"))
+    assert again.writers().equals(trace.writers())
+    assert again.effects().equals(trace.effects())
+    assert again.to_dataframe().equals(trace.to_dataframe())
+    assert repr(again) == repr(trace)
+    assert again.plot().to_json() == trace.plot().to_json()
+
+
+def test_a_planted_output_makes_a_sink_and_its_controls_do_not() -> None:
+    model = planted_writers()
+    trace = sl.trace_sinks(model, texts(), causal=False, progress=False)
+    table = sl.plant_sinks(model, trace, positions=(30,), n_random=4, progress=False)
+    by = {(r["sink"], r["added"]): r for r in table.to_dict("records") if r["sequence"] == 0}
+    for sink in (0, 20):
+        assert by[sink, "writer"]["d_alpha"] > 0.1
+        assert by[sink, "flipped"]["d_alpha"] < 0.01
+        assert by[sink, "random"]["d_alpha"] < 0.5 * by[sink, "writer"]["d_alpha"]
+    with pytest.raises(sl.BadInputError, match="are sinks"):
+        sl.plant_sinks(model, trace, positions=(20,))
+
+
+def test_nothing_to_trace_and_bad_input() -> None:
+    model = planted_writers()
+    plain = torch.full((2, LENGTH), 6)
+    empty = sl.trace_sinks(model, plain, progress=False)
+    assert len(empty.to_dataframe()) == 0
+    assert len(empty.writers()) == 0
+    assert "0 sink(s)" in repr(empty)
+    with pytest.raises(sl.BadInputError, match="empty"):
+        empty.plot()
+    with pytest.raises(sl.BadInputError, match="no writer"):
+        sl.plant_sinks(model, empty)
+    with pytest.raises(sl.BadInputError, match="replacements"):
+        sl.trace_sinks(model, texts(), replacements=("median",))
+    other = sl.find_sinks(model, texts(2))
+    with pytest.raises(sl.BadInputError, match="these very tokens"):
+        sl.trace_sinks(model, texts(3), other)
+
+
+def test_names() -> None:
+    assert component_name(("mlp", 3)) == "mlp 3"
+    assert component_name(("embed", -1)) == "embed"
