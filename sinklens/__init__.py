@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from sinklens.sweeps import sweep_ablation
     from sinklens.tokens import Tokens, load_tokens
     from sinklens.trace import trace_sinks
+    from sinklens.trace_page import write_trace
     from sinklens.trace_result import SinkTrace
     from sinklens.two_by_two import Claims, TwoByTwo
     from sinklens.variants import BosVariants, bos_variants
@@ -104,6 +105,7 @@ _HOMES = {
     "write_experiment": "experiment_page",
     "write_scan": "scan",
     "write_sinks": "sink_page",
+    "write_trace": "trace_page",
 }
 
 __all__ = [
@@ -158,6 +160,7 @@ __all__ = [
     "write_experiment",
     "write_scan",
     "write_sinks",
+    "write_trace",
 ]
 
 

@@ -28,6 +28,7 @@ from sinklens.cli_common import (
 )
 from sinklens.cli_decompose import decompose
 from sinklens.cli_interventions import ablate, bos
+from sinklens.cli_trace import trace
 from sinklens.embedded import CATALOGUE, DEFAULT_MODEL
 from sinklens.errors import BadInputError
 
@@ -194,6 +195,7 @@ def _number(value: float) -> str:
 app.command()(ablate)
 app.command()(bos)
 app.command()(decompose)
+app.command()(trace)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ class Looked:
             if top is not None and self.found.tokens.documents[b] != without:
                 centred = self.at(b, top)[1] - self.parts[b].mu
                 rows.append(centred / centred.norm(dim=-1, keepdim=True).clamp(min=1e-30))
-        return torch.stack(rows) if rows else torch.zeros(0)
+        return torch.stack(rows) if rows else torch.zeros(0, *self.parts[0].mu.shape)
 
     def same_id(self, token_id: int) -> tuple[Float[Tensor, "component d_model"], int]:
         """The mean of what components add at tokens of an id that are no sink, and how many there are."""

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
 import pytest
+from test_cli import run
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -26,18 +32,20 @@ def test_smollm2_writers_and_erasers_of_text_a(smollm2: TransformerBridge, text_
     assert at[10] == {"mlp 8", "mlp 9", "mlp 10"}
     assert at[46] == {"mlp 8", "mlp 9", "mlp 10"}
     assert {"mlp 28", "mlp 29"} <= set(erasers[(erasers.position == 0) & (erasers.phase == 1)].eraser)
-    effects = trace.effects()
-    zero = effects[(effects["at"] == "sink") & (effects.replacement == "zero") & (effects.component == "mlp")]
-    ten = zero[(zero.position == 10) & (zero.layer == 2)].to_dict("records")[0]
+    effects = [row for row in trace.effects().to_dict("records") if row["component"] == "mlp"]
+
+    def effect(position: int, layer: int, replacement: str) -> dict[str, Any]:
+        wanted = (position, layer, replacement, "sink")
+        return next(r for r in effects if (r["position"], r["layer"], r["replacement"], r["at"]) == wanted)
+
+    ten = effect(10, 2, "zero")
     assert ten["alpha"] < 0.2
     assert ten["d_alpha"] < -0.15
     assert ten["d_loss"] < 0.1  # the model hardly misses it
-    early = effects[(effects.position == 10) & (effects.layer == 1) & (effects.component == "mlp")]
-    assert early.d_margin.min() < -1.5  # MLP 1 matters as much: it feeds MLP 2
-    gone = zero[(zero.position == 0) & (zero.layer == 11)].to_dict("records")[0]
+    assert effect(10, 1, "same_id")["d_margin"] < -1.5  # MLP 1 matters as much: it feeds MLP 2
+    gone = effect(0, 11, "zero")
     assert gone["d_loss"] == pytest.approx(5.47 - 3.93, abs=0.35)
-    controls = effects[effects["at"] == "random token"]
-    assert controls.d_margin.abs().max() < 0.1
+    assert max(abs(row["d_margin"]) for row in effects if row["at"] == "random token") < 0.1
 
 
 def test_smollm2_planting_mlp_2_makes_a_sink(smollm2: TransformerBridge, text_a: str) -> None:
@@ -45,9 +53,25 @@ def test_smollm2_planting_mlp_2_makes_a_sink(smollm2: TransformerBridge, text_a:
     secondary = sl.find_sinks(smollm2, text_a).secondary
     trace = sl.trace_sinks(smollm2, text_a, secondary, reference=reference, causal=False)
     table = sl.plant_sinks(smollm2, trace, positions=(30, 60), n_random=2)
-    first = table[table.sink == 10]
-    alpha = {(r["position"], r["added"]): r["alpha"] for r in first.to_dict("records")}
+    alpha = {(r["position"], r["added"]): r["alpha"] for r in table.to_dict("records") if r["sink"] == 10}
     assert alpha[30, "writer"] > 0.1
     assert alpha[60, "writer"] > 0.1
     assert max(alpha[p, "random"] for p in (30, 60)) < 0.03
     assert max(alpha[p, "flipped"] for p in (30, 60)) < 0.03
+
+
+def test_command_line_names_the_writer_and_writes_the_page(tmp_path: Path, text_a: str) -> None:
+    out, texts = tmp_path / "out", tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in (text_a, text_a + " Again.")))
+    arguments = ["trace", "--text", str(texts), "--kind", "secondary", "--plant", "--out", str(out)]
+    code, shown = run(*arguments)
+    assert code == 0, shown
+    assert "0:10" in shown
+    assert "mlp 2" in shown
+    assert "mlp 9 erases" in shown
+    names = {"trace.html", "writers.csv", "erasers.csv", "contributions.csv", "effects.csv", "planted.csv"}
+    assert {p.name for p in out.iterdir()} == names | {"trace.safetensors", "manifest.json"}
+    assert (out / "trace.html").read_text().count("plotly.js v") == 1
+    writers = pd.read_csv(out / "writers.csv")
+    assert set(writers.writer) == {"mlp 2"}
+    assert writers.proven.all()
