@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
     from sinklens.models import load_model
+    from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
     from sinklens.planting import plant_sinks
     from sinklens.proof import Capabilities, capabilities
@@ -63,6 +64,7 @@ _HOMES = {
     "Experiment": "outcome",
     "Flash": "flash_backend",
     "Hooks": "hooks",
+    "Neurons": "neurons",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
     "SinkMap": "sinkmap",
@@ -106,6 +108,7 @@ _HOMES = {
     "write_scan": "scan",
     "write_sinks": "sink_page",
     "write_trace": "trace_page",
+    "writer_neurons": "neurons",
 }
 
 __all__ = [
@@ -118,6 +121,7 @@ __all__ = [
     "Experiment",
     "Flash",
     "Hooks",
+    "Neurons",
     "Sink",
     "SinkDecomposition",
     "SinkMap",
@@ -161,6 +165,7 @@ __all__ = [
     "write_scan",
     "write_sinks",
     "write_trace",
+    "writer_neurons",
 ]
 
 

@@ -49,10 +49,10 @@ def contribution_bars(trace: SinkTrace, sink: int | None = None) -> go.Figure:
     figure.add_hline(0, line={"color": INK, "width": 1})
     figure.update_xaxes(title="component, in the order of writing", tickangle=-90, tickfont={"size": 9}, dtick=1)
     figure.update_yaxes(title="share of <x_ref, u>")
-    figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.32, "x": 0})
     one = phases[0]
     title = (
         f"Who writes and erases {escape_hover(repr(one.token))} at position {one.position} ({one.kind})<br><sup>u: the "
         f"primary's direction in other sequences; each phase at its own reference layer</sup>"
     )
-    return themed(figure, title, height=480)
+    return themed(figure, title, height=500)

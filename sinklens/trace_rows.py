@@ -28,11 +28,15 @@ PATTERN_BYTES = 2**28  # of one layer's patterns over the rows of a batch
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One intervention: ``delta`` is added to a component's output at ``positions``; None: the clean run."""
+    """One intervention: ``delta`` is added to a component's output at ``positions``; None: the clean run.
+
+    ``where``: another hook than the one at which the component writes, such as its neurons' activations.
+    """
 
     component: Component | None
     positions: tuple[int, ...] = ()
-    delta: Float[Tensor, "position d_model"] | None = None
+    delta: Float[Tensor, "position features"] | None = None
+    where: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +146,7 @@ def _run(
     by_hook: dict[str, list[tuple[int, Row]]] = {}
     for r, row in enumerate(rows):
         if row.component is not None and row.delta is not None:
-            by_hook.setdefault(writing_hook(model, row.component), []).append((r, row))
+            by_hook.setdefault(row.where or writing_hook(model, row.component), []).append((r, row))
     hooks: list[Any] = [(name, edit(changes)) for name, changes in by_hook.items()]
     hooks += [(attention_hook(layer, "hook_pattern"), watch(layer)) for layer in range(facts.n_layers)]
     batch = ids.expand(len(rows), -1)

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.components import component_name
+from sinklens.neurons import _Layer
 from sinklens.trace_rows import Row, run_rows
 
 X, Y, ORDINARY = 3, 4, range(5, 12)
@@ -185,3 +186,61 @@ def test_nothing_to_trace_and_bad_input() -> None:
 def test_names() -> None:
     assert component_name(("mlp", 3)) == "mlp 3"
     assert component_name(("embed", -1)) == "embed"
+
+
+def test_planted_neurons_are_named_and_fed_by_the_embedding() -> None:
+    model = planted_writers()
+    trace = sl.trace_sinks(model, texts(), causal=False, progress=False)
+    found = sl.writer_neurons(model, trace, top=(1,), n_random=2, progress=False)
+    top = {(r["position"], r["writer"]): r for r in found.to_dataframe().to_dict("records")[::-1]}
+    assert top[0, f"mlp {WRITES_Y}"]["neuron"] == 2
+    assert top[20, f"mlp {WRITES_X}"]["neuron"] == 5
+    for row in found.writers.to_dict("records"):
+        assert row["neurons_for_90"] == 1
+    for row in found.to_dataframe().to_dict("records"):
+        if row["neuron"] in (2, 5) and row["share"] > 0.5:
+            assert row["ordinary"] == pytest.approx(0.0, abs=1e-6)
+            assert row["activation"] == pytest.approx(1.0, rel=0.05)
+    by = {(r["position"], r["neurons"]): r["d_margin"] for r in found.ablations.to_dict("records")}
+    assert by[20, "top"] < -1
+    assert abs(by[20, "random"]) < abs(by[20, "top"])
+    feeds = [r for r in found.feeds.to_dict("records") if r["position"] == 20 and r["neuron"] == 5]
+    assert max(feeds, key=lambda r: r["amount"])["component"] == "embed"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "neox", "phi3", "olmo2"])
+def test_neurons_sum_to_what_the_mlp_adds_and_feeds_to_the_preactivation(name: str) -> None:
+    _, model = build_pair(name)
+    ids = torch.stack(random_rows((40,)))
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    for layer in (0, 1):
+        split = _Layer(model, layer, ids, 7)
+        amounts, bias = split.split(direction)
+        written = split.seen.get("ln2_post.hook_out", split.seen["mlp.hook_out"])[7]
+        assert float(amounts.sum()) + bias == pytest.approx(float(written @ direction), abs=1e-4)
+        rows, note = split.feeds([0, 3])
+        if name == "olmo2":  # its MLP reads the stream itself
+            assert "does not read the norm" in note
+            continue
+        assert not note
+        shown: dict[str, torch.Tensor] = {}
+
+        def keep(point: str, shown: dict[str, torch.Tensor] = shown) -> Any:
+            def hook(tensor: torch.Tensor, hook: Any) -> None:
+                shown[point] = tensor[0, 7].detach()
+
+            return hook
+
+        matrices = {row["matrix"] for row in rows}
+        points: list[Any] = [(f"blocks.{layer}.mlp.{m}.hook_out", keep(m)) for m in matrices]
+        model.run_with_hooks(ids, fwd_hooks=points)
+        for matrix in matrices:
+            for neuron in (0, 3):
+                total = sum(r["amount"] for r in rows if (r["matrix"], r["neuron"]) == (matrix, neuron))
+                assert total == pytest.approx(float(shown[matrix][neuron]), abs=1e-4)
+
+
+def test_mixtures_of_experts_are_refused_in_words() -> None:
+    _, model = build_pair("mixtral")
+    with pytest.raises(sl.UnsupportedModelError, match="mixture of experts"):
+        _Layer(model, 0, torch.stack(random_rows((12,))), 3)
