@@ -59,6 +59,17 @@ def test_smollm2_planting_mlp_2_makes_a_sink(smollm2: TransformerBridge, text_a:
     assert max(alpha[p, "random"] for p in (30, 60)) < 0.03
     assert max(alpha[p, "flipped"] for p in (30, 60)) < 0.03
 
+    found = sl.writer_neurons(smollm2, trace, top=(5,), n_random=1)
+    for row in found.writers.to_dict("records"):
+        assert row["neurons_for_90"] == 2  # of 1536
+    named = {row["neuron"] for row in found.to_dataframe().to_dict("records") if row["share"] > 0.2}
+    assert named == {90, 430}
+    gate = [r for r in found.feeds.to_dict("records") if (r["position"], r["neuron"], r["matrix"]) == (10, 90, "gate")]
+    assert max(gate, key=lambda row: row["amount"])["component"] == "mlp 1"  # why MLP 1 matters as much as MLP 2
+    by = {(r["position"], r["neurons"]): r["d_margin"] for r in found.ablations.to_dict("records")}
+    assert by[46, "top"] < -1
+    assert abs(by[46, "random"]) < 0.1
+
 
 def test_command_line_names_the_writer_and_writes_the_page(tmp_path: Path, text_a: str) -> None:
     out, texts = tmp_path / "out", tmp_path / "texts.jsonl"
