@@ -379,36 +379,58 @@ def test_what_is_written_follows_the_pattern(name: str) -> None:
                 assert float(found.number(number)[s, layer, head]) == pytest.approx(value, rel=1e-4, abs=1e-6), number
 
 
-def test_direct_logits_follow_the_final_norm_by_hand() -> None:
-    hf, model = build_pair("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_direct_writes_follow_the_norms_by_hand(name: str) -> None:
+    """To the logits, to the stream, and beside other documents; Gemma's norm behind attention included."""
+    hf: Any
+    hf, model = build_pair(name)
     ids = torch.stack(random_rows((LENGTH,) * 3))
     found = decomposed(model)
-    layer, seen = 1, {}
+    layer, seen = sl.capabilities(model).n_layers - 1, {}
 
     def keep(name: str) -> Any:
         def hook(tensor: Tensor, hook: Any) -> None:
-            seen[name] = tensor[0].detach().clone()
+            seen[name] = tensor.detach().double().clone()
 
         return hook
 
-    names = [attention_hook(layer, "hook_pattern"), attention_hook(layer, "hook_v"), "ln_final.hook_in"]
-    model.run_with_hooks(ids[:1], fwd_hooks=[(n, keep(n)) for n in names])
-    pattern, values, x = (seen[n].double() for n in names)
-    values = values.repeat_interleave(2, 1)
-    scale = (x.pow(2).mean(-1) + hf.model.norm.variance_epsilon).rsqrt()
-    head_weight = hf.lm_head.weight.detach().double()
+    names = [attention_hook(layer, p) for p in ("hook_pattern", "hook_v")]
+    names += ["ln_final.hook_in", f"blocks.{layer}.hook_in"]
+    names += [f"blocks.{layer}.ln1_post.hook_in"] if name == "gemma3" else []
+    model.run_with_hooks(ids, fwd_hooks=[(n, keep(n)) for n in names])
+    pattern, values, x, stream = (seen[n] for n in names[:4])
+    values = values.repeat_interleave(2, 2)
+    final_gain = hf.model.norm.weight.detach().double() + (1 if name == "gemma3" else 0)
+    scale = (x[0].pow(2).mean(-1) + 1e-6).rsqrt()
+    post_gain, post_scale = torch.ones(32).double(), torch.ones(LENGTH).double()
+    if name == "gemma3":
+        post_gain = hf.model.layers[layer].post_attention_layernorm.weight.detach().double() + 1
+        post_scale = (seen[names[4]][0].pow(2).mean(-1) + 1e-6).rsqrt()
+    unembed = hf.lm_head.weight.detach().double()
+    window = sl.capabilities(model).windows[layer] or LENGTH
+    queries = [i for i in range(16, LENGTH) if i < window]
+    w_o = model.blocks[layer].attn.W_O.detach().double()
+    added = {i: torch.zeros(32).double() for i in queries}
     for head in range(4):
-        vector = values[0, head] @ model.blocks[layer].attn.W_O.detach().double()[head]
+        vector = values[0, 0, head] @ w_o[head]
         targets, squares = [], []
-        for i in range(16, LENGTH - 1):
-            logits = head_weight @ (pattern[head, i, 0] * vector * scale[i] * hf.model.norm.weight.detach().double())
+        for i in queries:
+            written = pattern[0, head, i, 0] * vector * post_gain * post_scale[i]
+            added[i] += written
+            if i == LENGTH - 1:
+                continue
+            logits = unembed @ (written * scale[i] * final_gain)
             logits = logits - logits.mean()
             targets.append(float(logits[ids[0, i + 1]]))
             squares.append(float(logits.pow(2).mean().sqrt()))
-        assert float(found.number("logit_target")[0, layer, head]) == pytest.approx(
-            sum(targets) / len(targets), abs=1e-5
-        )
-        assert float(found.number("logit_rms")[0, layer, head]) == pytest.approx(sum(squares) / len(squares), rel=1e-4)
+        ours = {n: float(found.number(n)[0, layer, head]) for n in ("logit_target", "logit_rms", "same_elsewhere")}
+        assert ours["logit_target"] == pytest.approx(sum(targets) / len(targets), abs=1e-5)
+        assert ours["logit_rms"] == pytest.approx(sum(squares) / len(squares), rel=1e-3)
+        others = (values[1, 0, head] + values[2, 0, head]) / 2 @ w_o[head]
+        expected = float(torch.cosine_similarity(vector, others, dim=0))
+        assert ours["same_elsewhere"] == pytest.approx(expected, abs=1e-4)
+    share = sum(float(added[i].norm() / stream[0, i].norm()) for i in queries) / len(queries)
+    assert float(found.number("residual_share")[0, layer, 0]) == pytest.approx(share, rel=1e-3)
 
 
 def test_bad_input_is_refused() -> None:
