@@ -505,6 +505,8 @@ def test_numbers_do_not_depend_on_padding_or_on_what_stands_beside(tmp_path: Pat
     others = batch[[1, 2]]
     alone = sl.decompose_sinks(model, batch[0], [0, 3], effects=(), reference=others, progress=False)
     assert (straight.values[:2] - alone.values).nan_to_num()[..., : NUMBERS.index("mass")].abs().max() < 1e-4
+    own_too = sl.decompose_sinks(model, batch[0], [0, 3], effects=(), reference=batch, progress=False)
+    assert torch.equal(own_too.values.nan_to_num(), alone.values.nan_to_num())  # its own text is no other document
     with pytest.raises(sl.BadInputError, match="over other documents"):
         sl.decompose_sinks(model, batch[0], [0], effects=(), reference=batch[0], progress=False)
     (tmp_path / "half").write_bytes(straight.save(tmp_path / "whole").read_bytes()[:1000])

@@ -152,6 +152,49 @@ def test_margins_and_importance_are_those_of_find_sinks(tmp_path: Path) -> None:
     assert again.plot().to_json() == trace.plot().to_json()
 
 
+def test_a_token_that_is_no_sink_is_not_its_own_competitor() -> None:
+    _, model = build_pair("llama")
+    ids = torch.stack(random_rows((60,)))
+    no_sink = torch.ones(60, dtype=torch.bool)
+    no_sink[0] = False
+    seen = run_rows(model, ids, [Row(None)], [9], no_sink)
+    shown: list[torch.Tensor] = []
+    model.run_with_hooks(ids, fwd_hooks=[("blocks.1.attn.hook_pattern", lambda t, hook: shown.append(t[0].detach()))])
+    rest = [j for j in range(60) if j not in (0, 9)]
+    naive = [
+        math.log(float(shown[0][h, i, 9])) - math.log(float(shown[0][h, i, rest].sum()))
+        for h in range(4)
+        for i in range(25, 60)
+    ]
+    assert float(seen.margin[0, 0, 1]) == pytest.approx(sum(naive) / len(naive), abs=1e-4)
+
+
+def test_replacements_do_what_their_names_say() -> None:
+    """Zero and rescaling of a writer's output, against the same done to the host's MLP by hand."""
+    model = planted_writers()
+    found = sl.find_sinks(model, texts())
+    trace = sl.trace_sinks(
+        model, texts(), found.secondary, replacements=("same_id", "zero"), doses=(0.5,), progress=False
+    )
+    rows = {
+        (r["sequence"], r["component"], r["layer"], r["at"], r["replacement"]): r
+        for r in trace.effects().to_dict("records")
+    }
+    for replacement, factor in (("zero", 0.0), ("x 0.5", 0.5)):
+
+        def edit(tensor: torch.Tensor, hook: Any, factor: float = factor) -> torch.Tensor:
+            new = tensor.clone()
+            new[:, 20] *= factor
+            return new
+
+        kept: list[torch.Tensor] = []
+        hooks: list[Any] = [(f"blocks.{WRITES_X}.hook_mlp_out", edit)]
+        hooks.append(("blocks.5.attn.hook_pattern", lambda t, hook, kept=kept: kept.append(t.detach())))
+        model.run_with_hooks(texts(1), fwd_hooks=hooks)
+        ours = rows[0, "mlp", WRITES_X, "sink", replacement]
+        assert ours["beta"] == pytest.approx(float(kept[0][0, :, 36:, 20].mean()), abs=1e-5)
+
+
 def test_a_planted_output_makes_a_sink_and_its_controls_do_not() -> None:
     model = planted_writers()
     trace = sl.trace_sinks(model, texts(), causal=False, progress=False)
