@@ -183,7 +183,7 @@ def write(store: Path) -> None:
                 f"## {name}: {len(found.subjects)} {kind} sinks in {documents} documents",
                 numbers(found, kind),
                 heads(found, kind),
-                "Who stands in the sink's key (nats of the gap, mean over heads):\n\n" + components(found, kind),
+                "What stands in the sink's own key (nats of its score, mean over heads):\n\n" + components(found, kind),
                 "All heads at once:\n\n" + square(found.effects["all"]),
                 claims(found),
             ]
