@@ -52,9 +52,10 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     pieces: dict[str, Any] = {
         kind: lambda kind=kind: piece_of(kind, DOCUMENTS) for kind in KINDS if len(sinks.where(kind=kind))
     }
-    pieces["layers and heads"] = lambda: piece_of("primary", FEW, layers=[0], effects=("all", "layer", "head"))
+    pieces["heads"] = lambda: piece_of("primary", FEW, layers=[0], effects=("head",))
+    pieces["layers"] = lambda: piece_of("primary", FEW, layers=[0], effects=("layer",))
     for piece, make in pieces.items():
-        path = store / f"{name}-{piece.replace(' ', '-')}.safetensors"
+        path = store / f"{name}-{piece}.safetensors"
         if (not wanted or piece in wanted) and not path.is_file():
             make().save(path)
 
@@ -76,6 +77,8 @@ def between(row: dict[str, Any], name: str = "") -> str:
     """A mean with its interval."""
     keys = (name, f"{name}_low", f"{name}_high") if name else ("mean", "low", "high")
     mean, low, high = (row[key] for key in keys)
+    if mean != mean:
+        return "-"
     return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low == low else "")
 
 
@@ -135,9 +138,9 @@ def claims(found: sl.SinkDecomposition) -> str:
 
 
 def one_by_one(found: sl.SinkDecomposition) -> str:
-    """Layers and heads: the largest mass and value parts, and how far the sums are from the whole."""
+    """Layers or heads: the largest mass and value parts, and how far the sums are from the whole."""
     lines = []
-    for scope in ("layer", "head"):
+    for scope in (s for s in ("layer", "head") if s in found.effects):
         effect = found.effects[scope]
         metric = next(iter(effect.values))
         rows = [r for r in effect.to_dataframe().to_dict("records") if r["metric"] == metric and r["exact"]]
@@ -151,10 +154,12 @@ def one_by_one(found: sl.SinkDecomposition) -> str:
                 f"; the largest: {named}" if named else ""
             )
             lines.append(f"- {words}: {told}")
-        if scope == "layer":
+        if bool(effect.exact.all()):
             for row in effect.additive_gap().to_dict("records"):
                 if row["metric"] == metric and row["part"] in ("mass_part", "value_part"):
-                    words = f"- summed over layers the {row['part'].replace('_', ' ')} is {row['summed']:+.4f}, all at"
+                    words = (
+                        f"- summed over {scope}s the {row['part'].replace('_', ' ')} is {row['summed']:+.4f}, all at"
+                    )
                     lines.append(f"{words} once {row['all_at_once']:+.4f}: not additive by {between(row, 'gap')}")
     return "\n".join(lines)
 
@@ -188,9 +193,10 @@ def write(store: Path) -> None:
                 claims(found),
             ]
             parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
-        path = store / f"{name}-layers-and-heads.safetensors"
-        if path.is_file():
-            parts += [f"### {name}: layer by layer, head by head", one_by_one(sl.SinkDecomposition.load(path))]
+        for scope in ("layers", "heads"):
+            path = store / f"{name}-{scope}.safetensors"
+            if path.is_file():
+                parts += [f"### {name}: {scope} one by one", one_by_one(sl.SinkDecomposition.load(path))]
     page = Path(__file__).parent / "findings.md"
     before = page.read_text(encoding="utf-8").split(MARK)[0].rstrip()
     write_text(page, before + "\n\n" + "\n\n".join(parts) + "\n")
@@ -203,7 +209,7 @@ def main() -> None:
     runner = commands.add_parser("run")
     runner.add_argument("model", choices=MODELS)
     runner.add_argument("store", type=Path)
-    runner.add_argument("--only", nargs="*", default=[], choices=[*KINDS, "layers and heads"])
+    runner.add_argument("--only", nargs="*", default=[], choices=[*KINDS, "heads", "layers"])
     writer = commands.add_parser("write")
     writer.add_argument("store", type=Path)
     options = parser.parse_args()
