@@ -23,6 +23,8 @@ covariance``
 ``off_manifold``          mean ``|z(0,1)| / |z|`` of the 2x2's cell "value without mass", S: the decomposed sinks of the
                           sequence that are alive in the layer
 ``same_elsewhere``        cosine of what it writes with what sinks of its kind write in other documents
+``direction``             length of the mean over queries of the unit vectors of what all sinks together write: 1 where
+                          it is the same for all queries (by construction where there is one sink)
 ``residual_share``        mean length of what all heads add from the sink, over the stream's (same for all heads)
 ``logit_target``          late layers: mean direct contribution to the right token's logit, the vocabulary's mean
                           taken away; ``logit_rms``: its root mean square over the vocabulary
@@ -68,6 +70,7 @@ WRITES = (
     "residual_share",
     "logit_target",
     "logit_rms",
+    "direction",
 )
 NUMBERS = (*MARGIN, *PARAMETERS, *MEANS, *GEOMETRY, *BEYOND, *SHAPE, *BIAS, *WRITES)
 
@@ -284,7 +287,7 @@ class SinkDecomposition:
         return cls(
             subjects=tuple(Subject(**{**s, "layers": tuple(s["layers"])}) for s in meta["subjects"]),
             layers=tuple(meta["layers"]),
-            values=tensors["values"],
+            values=_widened(tensors["values"]),
             key_side=tensors["key_side"],
             rest_side=tensors["rest_side"],
             query_side=tensors["query_side"],
@@ -298,3 +301,8 @@ class SinkDecomposition:
             notes=tuple(meta["notes"]),
             info=meta["info"],
         )
+
+
+def _widened(values: Tensor) -> Float[Tensor, "sink layer head number"]:
+    """Numbers that a file of an earlier version does not hold are NaN."""
+    return torch.nn.functional.pad(values, (0, len(NUMBERS) - values.shape[-1]), value=torch.nan)

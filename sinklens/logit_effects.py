@@ -104,7 +104,7 @@ class LogitEffects:
             size = torch.einsum("hd,de,he->h", spread, covariance, spread).clamp(min=0).sqrt()
             rms = (attention * scale * final.scale[known]).mean(-1) * size
             for name, value in (("logit_target", target.mean(-1)), ("logit_rms", rms)):
-                values[kept.sink, kept.row, :, NUMBERS.index(name)] = value.float().cpu()
+                values[kept.sink, kept.row, :, NUMBERS.index(name)] = value.to(values)
 
     def _vocabulary(self) -> tuple[Tensor, Tensor, Tensor]:
         """W_U [d_model, vocabulary], its mean column, its columns' covariance."""

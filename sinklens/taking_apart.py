@@ -26,7 +26,7 @@ from sinklens.running import run_blocks
 from sinklens.score_terms import far_queries, key_weights, query_weights, split_margin
 from sinklens.stream_parts import flat, stream_hooks
 from sinklens.tokens import Tokens
-from sinklens.written import numbers, off_manifold, written
+from sinklens.written import direction, numbers, off_manifold, written
 
 POST_NORM = ("ln1_post.hook_in", "ln1_post.hook_out")
 
@@ -57,9 +57,10 @@ class Reading:
         self.model, self.tokens, self.subjects, self.layers, self.means = model, tokens, subjects, tuple(layers), means
         self.facts = capabilities(model)
         shape = (len(subjects), len(layers), self.facts.n_heads)
-        self.values = torch.full((*shape, len(NUMBERS)), math.nan)
+        exact = torch.float64 if model.cfg.dtype == torch.float64 else torch.float32
+        self.values = torch.full((*shape, len(NUMBERS)), math.nan, dtype=exact)
         self.wide = 2 * self.facts.n_layers + 4
-        self._sides = [torch.full((*shape, self.wide), math.nan) for _ in range(3)]
+        self._sides = [torch.full((*shape, self.wide), math.nan, dtype=exact) for _ in range(3)]
         self.components: list[Component] = []
         self.notes: list[str] = []
         self.held: list[Held] = []
@@ -151,6 +152,7 @@ class Reading:
         if weights is not None:
             after_first = writes.output[:, 1:]
             shared["stable_rank"] = stable_rank(after_first, weights[0])
+            shared["direction"] = direction(writes, weights[1])
         n = self.layers.index(layer)
         for s in mine:
             sink = self.subjects[s].position
@@ -172,7 +174,7 @@ class Reading:
                 self.held.append(Held(s, layer, writes.values[:, index].cpu()))
             for name, value in found.items():
                 if name in NUMBERS:
-                    self.values[s, n, :, NUMBERS.index(name)] = value.float().cpu()
+                    self.values[s, n, :, NUMBERS.index(name)] = value.to(self.values)
             self._components(s, n, sink, queries, inputs, parts)
 
     def _components(
@@ -187,8 +189,8 @@ class Reading:
         for side, (weights, projected) in enumerate(pairs):
             gradient = projected.back(weights)
             amounts = torch.einsum("ctd,htd->hc", parts, gradient)
-            self._sides[side][s, n, :, : parts.shape[0]] = amounts.float().cpu()
-            self._sides[side][s, n, :, -1] = (weights * projected.bias).sum((1, 2)).float().cpu()
+            self._sides[side][s, n, :, : parts.shape[0]] = amounts.to(self.values)
+            self._sides[side][s, n, :, -1] = (weights * projected.bias).sum((1, 2)).to(self.values)
 
     def _output(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """W_O by head and its Gram matrix."""

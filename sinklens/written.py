@@ -114,3 +114,12 @@ def numbers(
         "value_ratio": own / others.clamp(min=1e-30),
         "event_share": (found.attention[:, after_first, index] >= 0.5).double().mean(-1).to(own),
     }
+
+
+def direction(found: Written, gram: Float[Tensor, "head d_v d_v"]) -> Float[Tensor, " head"]:
+    """``|mean_i w_i / |w_i||`` of what all sinks together write at each query that sees one: 1 if always the same."""
+    seen = found.attention.sum(-1).amin(0) > 0
+    writes = (found.attention @ found.values)[:, seen]
+    size = length(writes, gram)
+    unit = writes / size[..., None].clamp(min=1e-30)
+    return length(unit.mean(1, keepdim=True), gram)[:, 0]
