@@ -47,12 +47,13 @@ def gap_bars(found: SinkDecomposition, split: str, kind: str | None) -> go.Figur
     names = [f"{row['layer']}.{row['head']}" for row in shown]
     terms = [t for t in (*SPLITS[split], *BEYOND) if any(abs(row[t]) > 1e-6 for row in shown)]
     figure = go.Figure()
-    for term, colour in zip(terms, COLOURS, strict=False):
+    colours = dict(zip((*SPLITS[split], *BEYOND), COLOURS, strict=False))  # the same term, the same colour everywhere
+    for term in terms:
         figure.add_bar(
             x=names,
             y=[row[term] for row in shown],
             name=WORDS[term],
-            marker_color=colour,
+            marker_color=colours[term],
             hovertemplate=f"head %{{x}}<br>{WORDS[term]}: %{{y:.2f}} nats<extra></extra>",
         )
     marks = (("gap", "gap", "diamond", INK), ("margin", "margin", "circle-open", ACCENT))
