@@ -39,7 +39,7 @@ from sinklens.tokens import Tokens, as_tokens
 
 OVER = ("layer", "head", "layer-head", "dose")
 DOSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-LOGITS_AT_ONCE = 2**27  # float32 logits that one growing batch may end in: 0.5 GB
+NUMBERS_AT_ONCE = 2**28  # of the largest activation of one growing batch: 1 GB in float32
 
 
 def sweep_ablation(
@@ -206,26 +206,27 @@ def grown(
 
     ``edits[layer]`` are hooks that edit that layer among others; only their functions for the layer are used.
     """
-    size = len(scored) * model.cfg.d_vocab
+    facts = capabilities(model)
+    length = ids.shape[1]
     per_layer = len(next(iter(edits.values())))
-    at_once = max(1, (LOGITS_AT_ONCE // size - 1) // per_layer)
+    per_row = length * (facts.n_heads * length + 4 * model.cfg.d_model)
+    at_once = max(1, (NUMBERS_AT_ONCE // per_row - 1) // per_layer)
     layers = sorted(edits)
     for start in range(0, len(layers), at_once):
         chosen = layers[start : start + at_once]
         hooks: list[Any] = []
         for layer in chosen:
             hooks += _joining(layer, edits[layer])
-        with torch.no_grad():
-            logits = _all_logits(model, ids, scored, hooks)
-        if logits.shape[0] != 1 + len(chosen) * per_layer:
+        final = _final_states(model, ids, scored, hooks)
+        if final.shape[0] != 1 + len(chosen) * per_layer:
             raise UnsupportedModelError(
-                f"{capabilities(model).model}: the host does not let the batch grow between blocks; sweep with "
+                f"{facts.model}: the host does not let the batch grow between blocks; sweep with "
                 f"run_experiment over ablate_sinks(layers=...) instead"
             )
         if start == 0:
-            yield -1, logits[0]
-        for row in range(1, logits.shape[0]):
-            yield start * per_layer + row - 1, logits[row]
+            yield -1, _logits_of(model, ids, final[:1])
+        for row in range(1, final.shape[0]):
+            yield start * per_layer + row - 1, _logits_of(model, ids, final[row : row + 1])
 
 
 def _joining(layer: int, edits: Sequence[Hooks]) -> list[Any]:
@@ -258,15 +259,32 @@ def _on_row(function: Callable[..., Any], row: int) -> Callable[..., Any]:
     return hook
 
 
-def _all_logits(
+def _final_states(
     model: TransformerBridge, ids: Int[Tensor, "1 pos"], scored: Int[Tensor, " scored"], hooks: Sequence[Any]
-) -> Float[Tensor, "row scored vocabulary"]:
+) -> Float[Tensor, "row scored d_model"]:
+    """What reaches the unembedding in every row: their logits together could be larger than memory."""
     index = scored.to(ids.device)
+    kept: list[Tensor] = []
 
-    def choose(tensor: Tensor, hook: Any) -> Tensor:
-        return tensor[:, index]
+    def keep(tensor: Tensor, hook: Any) -> Tensor:
+        kept.append(tensor[:, index])
+        return tensor[:1, :1]
 
-    return model.run_with_hooks(ids, fwd_hooks=[*hooks, ("unembed.hook_in", choose)])
+    with torch.no_grad():
+        model.run_with_hooks(ids, fwd_hooks=[*hooks, ("unembed.hook_in", keep)])
+    return kept[0]
+
+
+def _logits_of(
+    model: TransformerBridge, ids: Int[Tensor, "1 pos"], final: Float[Tensor, "1 scored d_model"]
+) -> Float[Tensor, "scored vocabulary"]:
+    """The host's own logits (softcap included) of given final states, put into a forward of one token."""
+
+    def put(tensor: Tensor, hook: Any) -> Tensor:
+        return final
+
+    with torch.no_grad():
+        return model.run_with_hooks(ids[:, :1], fwd_hooks=[("unembed.hook_in", put)])[0]
 
 
 def first_order(
