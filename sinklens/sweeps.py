@@ -280,7 +280,7 @@ def _logits_of(
 ) -> Float[Tensor, "scored vocabulary"]:
     """The host's own logits (softcap included) of given final states, put into a forward of one token."""
 
-    def put(tensor: Tensor, hook: Any) -> Tensor:
+    def put(_: Tensor, hook: Any) -> Tensor:
         return final
 
     with torch.no_grad():
