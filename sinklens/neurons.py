@@ -7,8 +7,9 @@ scale frozen it splits over the components that wrote the stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -27,7 +28,11 @@ from sinklens.stream_parts import flat, stream_hooks
 from sinklens.trace_result import WRITER, SinkTrace, Traced
 from sinklens.trace_rows import Row, run_rows
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 CARRY = 0.9
+COMPARED = 16  # tokens whose pre-activations stand beside the sink's
 TOLERANCE = 1e-3
 
 
@@ -43,7 +48,9 @@ class Neurons:
             part; ``other_signs``: the sum of all contributions against it, as a share.
         ablations: the k largest neurons set to their mean over ordinary tokens at the sink, and as many random ones:
             change of the competitor-free margin, of alpha.
-        feeds: for the largest neurons, per matrix ("in" or "gate"): the pre-activation by component.
+        feeds: for the largest neurons, per matrix ("in" or "gate"): the pre-activation at the sink by component
+            (``amount``), and its mean ``elsewhere``: at tokens of the same id that are no sink, or at ordinary tokens
+            where there is none (``against``); ``difference`` is what tells the sink from them.
         notes: what could not be told.
     """
 
@@ -56,6 +63,28 @@ class Neurons:
     def to_dataframe(self) -> pd.DataFrame:
         """The table per neuron."""
         return self.neurons
+
+    def upstream(self, kind: str | None = None) -> pd.DataFrame:
+        """What feeds the writers' neurons, largest differences first: means over the phases of a kind.
+
+        One row per (writer, neuron, matrix, component). For the primary this is how the model knows the first token.
+        """
+        names = ["writer", "neuron", "matrix", "component"]
+        known = self.feeds if kind is None or self.feeds.empty else self.feeds[self.feeds.kind == kind]
+        if known.empty:
+            return pd.DataFrame(columns=pd.Index([*names, "phases", "amount", "elsewhere", "difference"]))
+        grouped = known.groupby(names, as_index=False).agg(
+            phases=("amount", "size"), amount=("amount", "mean"), elsewhere=("elsewhere", "mean"),
+            difference=("difference", "mean"),
+        )  # fmt: skip
+        order = grouped.difference.abs().sort_values(ascending=False).index
+        return grouped.loc[order].reset_index(drop=True)
+
+    def plot(self, number: int = 0) -> Figure:
+        """The largest neurons of one (phase, writer), numbered as in ``writers``."""
+        from sinklens.trace_plots import neuron_bars
+
+        return neuron_bars(self, number)
 
 
 def writer_neurons(
@@ -105,12 +134,14 @@ def writer_neurons(
             no_sink[[s.position for s in trace.sinks if s.sequence == one.sequence]] = False
             label = {"sequence": one.sequence, "position": one.position, "token": one.token, "kind": one.kind}
             label |= {"phase": one.number, "writer": component_name(component)}
-            layer = _Layer(model, component[1], ids, one.position)
+            same = no_sink & (ids[0] == one.token_id)
+            against = same if bool(same.any()) else no_sink
+            some = against.nonzero().flatten().tolist()[-COMPARED:]
+            layer = _Layer(model, component[1], ids, one.position, some)
             amounts, bias = layer.split(one.direction)
             order = amounts.argsort(descending=True)
             whole = float(amounts.sum()) + bias
             typical = layer.activations[no_sink].mean(0)
-            same = no_sink & (ids[0] == one.token_id)
             alike = layer.activations[same].mean(0) if bool(same.any()) else torch.full_like(typical, torch.nan)
             running = amounts[order].cumsum(0)
             carried = (running >= CARRY * whole).nonzero().flatten()
@@ -130,6 +161,7 @@ def writer_neurons(
                 for row in _ablate(model, one, component, ids, no_sink, layer, order, typical, top, n_random, draw)
             ]
             feeds, note = layer.feeds(order[:fed].tolist())
+            label["against"] = "same id" if bool(same.any()) else "ordinary tokens"
             tables["feeds"] += [label | row for row in feeds]
             notes += [note] if note else []
             advance()
@@ -175,8 +207,16 @@ def _ablate(
 class _Layer:
     """One MLP of one sequence: its activations, and how they come out of the stream and go into it."""
 
-    def __init__(self, model: TransformerBridge, layer: int, ids: Int[Tensor, "1 pos"], position: int) -> None:
+    def __init__(
+        self,
+        model: TransformerBridge,
+        layer: int,
+        ids: Int[Tensor, "1 pos"],
+        position: int,
+        others: Sequence[int] = (),
+    ) -> None:
         self.model, self.layer, self.position = model, layer, position
+        self.at = [position, *others]
         self.prefix = f"blocks.{layer}."
         if not has_hook(model, self.prefix + "mlp.out.hook_in"):
             raise UnsupportedModelError(
@@ -196,16 +236,16 @@ class _Layer:
             return hook
 
         self.contributions = Contributions(model)
-        self.parts: list[tuple[Component, Float[Tensor, " d_model"]]] = []
+        self.parts: list[tuple[Component, Float[Tensor, "token d_model"]]] = []
 
         def before(at: int, _: Tensor) -> None:
             if at == layer:
-                stack = self.contributions.stack()[:, position]
+                stack = self.contributions.stack()[:, self.at]
                 self.parts = list(zip(self.contributions.names, stack, strict=True))
 
         def after(at: int, _: Tensor) -> None:
             if at == layer:
-                own = [(c, part[position]) for c, part in self.contributions.latest.items() if c[0] == "attn"]
+                own = [(c, part[self.at]) for c, part in self.contributions.latest.items() if c[0] == "attn"]
                 self.parts += own
 
         hooks = [(self.prefix + n, keep(n)) for n in names if has_hook(model, self.prefix + n)]
@@ -238,7 +278,7 @@ class _Layer:
         return norm.at(slice(self.position, self.position + 1))
 
     def feeds(self, neurons: list[int]) -> tuple[list[dict[str, Any]], str]:
-        """The pre-activations of some neurons at the sink, by component of the stream that the MLP reads."""
+        """The pre-activations of some neurons at the sink and elsewhere, by component of the stream the MLP reads."""
         x_hat = self.seen["mlp.hook_in"]
         block: Any = self.model.blocks[self.layer]
         found: tuple[FrozenNorm, Tensor] | None = None
@@ -251,12 +291,11 @@ class _Layer:
             return [], f"MLP {self.layer} does not read the norm of the stream, so its neurons' input cannot be split"
         norm, x = found
         parts = self.parts
-        if not _sums(parts, x[self.position]):
+        if not _sums(parts, x[self.at]):
             parts = [entry for entry in parts if entry[0] != ("attn", self.layer)]  # a parallel block
-        if not _sums(parts, x[self.position]):
+        if not _sums(parts, x[self.at]):
             return [], f"the input of MLP {self.layer} is not the sum of what was written before it"
-        at = norm.at(slice(self.position, self.position + 1))
-        stack = at.linear(torch.stack([part for _, part in parts])[:, None])[:, 0]
+        stack = norm.at(self.at).linear(torch.stack([part for _, part in parts]))
         rows = []
         for which, weight, bias in (("in", self.mlp.W_in, self.mlp.b_in), ("gate", self.mlp.W_gate, self._gate_bias())):
             if weight is None:
@@ -265,11 +304,12 @@ class _Layer:
             constant = norm.bias.expand(w.shape[0]) @ w + (0 if bias is None else bias.detach().to(stack))
             amounts = stack @ w
             for f in neurons:
-                rows += [
-                    {"neuron": f, "matrix": which, "component": component_name(c), "amount": float(amounts[n, f])}
-                    for n, (c, _) in enumerate(parts)
-                ]
-                rows.append({"neuron": f, "matrix": which, "component": "bias", "amount": float(constant[f])})
+                for n, (c, _) in enumerate(parts):
+                    own, rest = float(amounts[n, 0, f]), float(amounts[n, 1:, f].mean())
+                    row = {"neuron": f, "matrix": which, "component": component_name(c), "amount": own}
+                    rows.append(row | {"elsewhere": rest, "difference": own - rest})
+                row = {"neuron": f, "matrix": which, "component": "bias", "amount": float(constant[f])}
+                rows.append(row | {"elsewhere": float(constant[f]), "difference": 0.0})
         return rows, ""
 
     def _gate_bias(self) -> Tensor | None:

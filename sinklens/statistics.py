@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from scipy.stats import bootstrap
+from jaxtyping import Float, Int
+from scipy.stats import bootstrap, rankdata
 from torch import Tensor
 
 MIN_DOCUMENTS = 16
@@ -51,3 +52,48 @@ def interval(
         rng=np.random.default_rng(seed),
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def rank_correlation(
+    x: Sequence[float],
+    y: Sequence[float],
+    groups: Sequence[object],
+    documents: Sequence[int],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 999,
+) -> tuple[float, float, float]:
+    """Spearman's correlation within groups, with a percentile bootstrap interval over documents.
+
+    Ranks are taken within each group and centred, so that what differs between groups does not count; groups of fewer
+    than 3 are left out. The interval is NaN with fewer than 16 documents, everything is NaN where x or y is constant.
+    """
+
+    def pooled(rows: Int[np.ndarray, " row"]) -> float:
+        a, b = values[0, rows], values[1, rows]
+        left, right = [np.zeros(0)], [np.zeros(0)]
+        for group in np.unique(labels[rows]):
+            mine = labels[rows] == group
+            if mine.sum() >= 3:
+                left.append(rankdata(a[mine]) - (mine.sum() + 1) / 2)
+                right.append(rankdata(b[mine]) - (mine.sum() + 1) / 2)
+        p, q = np.concatenate(left), np.concatenate(right)
+        size = math.sqrt(float((p * p).sum() * (q * q).sum()))
+        return float((p * q).sum()) / size if size > 0 else math.nan
+
+    values = np.array([x, y], dtype=np.float64)
+    names = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+    labels = np.array([names[group] for group in groups], dtype=np.int64)
+    by_document = [np.flatnonzero(np.array(documents) == d) for d in dict.fromkeys(documents)]
+    whole = pooled(np.arange(len(labels)))
+    if len(by_document) < MIN_DOCUMENTS or whole != whole:
+        return whole, math.nan, math.nan
+    draw = np.random.default_rng(seed)
+    drawn = [
+        pooled(np.concatenate([by_document[n] for n in draw.integers(len(by_document), size=len(by_document))]))
+        for _ in range(resamples)
+    ]
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+    return whole, float(low), float(high)

@@ -40,6 +40,7 @@ from sinklens.tokens import Tokens, as_tokens
 OVER = ("layer", "head", "layer-head", "dose")
 DOSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 NUMBERS_AT_ONCE = 2**28  # of the largest activation of one growing batch: 1 GB in float32
+LOGITS_AT_ONCE = 2**27  # 0.5 GB
 
 
 def sweep_ablation(
@@ -223,10 +224,12 @@ def grown(
                 f"{facts.model}: the host does not let the batch grow between blocks; sweep with "
                 f"run_experiment over ablate_sinks(layers=...) instead"
             )
-        if start == 0:
-            yield -1, _logits_of(model, ids, final[:1])
-        for row in range(1, final.shape[0]):
-            yield start * per_layer + row - 1, _logits_of(model, ids, final[row : row + 1])
+        rows = list(range(final.shape[0]) if start == 0 else range(1, final.shape[0]))
+        some = max(1, LOGITS_AT_ONCE // (len(scored) * model.cfg.d_vocab))
+        for first in range(0, len(rows), some):
+            block = rows[first : first + some]
+            for row, logits in zip(block, _logits_of(model, ids, final[block]), strict=True):
+                yield start * per_layer + row - 1, logits
 
 
 def _joining(layer: int, edits: Sequence[Hooks]) -> list[Any]:
@@ -276,15 +279,15 @@ def _final_states(
 
 
 def _logits_of(
-    model: TransformerBridge, ids: Int[Tensor, "1 pos"], final: Float[Tensor, "1 scored d_model"]
-) -> Float[Tensor, "scored vocabulary"]:
+    model: TransformerBridge, ids: Int[Tensor, "1 pos"], final: Float[Tensor, "row scored d_model"]
+) -> Float[Tensor, "row scored vocabulary"]:
     """The host's own logits (softcap included) of given final states, put into a forward of one token."""
 
     def put(_: Tensor, hook: Any) -> Tensor:
-        return final
+        return final.flatten(0, 1)[None]
 
     with torch.no_grad():
-        return model.run_with_hooks(ids[:, :1], fwd_hooks=[("unembed.hook_in", put)])[0]
+        return model.run_with_hooks(ids[:, :1], fwd_hooks=[("unembed.hook_in", put)]).view(*final.shape[:2], -1)
 
 
 def first_order(

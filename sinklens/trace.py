@@ -8,8 +8,9 @@ one phase per run of active layers. Source: docs/definitions.md, section 5; Wong
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -33,6 +34,7 @@ from sinklens.trace_causes import Causes
 from sinklens.trace_result import Phase, SinkTrace, Traced
 from sinklens.vocabulary import vocabulary
 
+SAME_ID = 16  # tokens of one id per sequence that are kept for comparison
 REPLACEMENTS = ("same_id", "zero", "mean", "project")
 
 
@@ -85,20 +87,26 @@ def trace_sinks(
         raise BadInputError("sinks must be those that attention shows in these very tokens, in this model")
     info = {"model": facts.model, "sinklens": version("sinklens"), "seed": seed, "capabilities": asdict(facts)}
     if not len(found):
-        return SinkTrace((), (), (), batch, tuple(found.notes), info)
+        return SinkTrace((), (), (), batch, (), tuple(found.notes), info)
     own = Looked(model, found, progress=progress)
     notes: list[str] = []
     extra = _reference(model, own, reference, notes, progress)
     traced = [one for s, sink in enumerate(found) for one in _contributions(own, extra, s, sink, phases(found, sink))]
     rows: list[dict[str, Any]] = []
+    primaries: list[dict[str, Any]] = []
     if causal:
         causes = Causes(model, own, extra, replacements, doses, loss=loss, seed=seed)
         with progress_bar("replacing what components write", len(traced), progress) as advance:
             for one in traced:
                 rows += causes.of(one)
                 advance()
+        with progress_bar("primaries without secondary sinks", len(batch), progress) as advance:
+            for b in range(len(batch)):
+                primaries += [found for found in [causes.primary(b, traced)] if found is not None]
+                advance()
         notes += causes.notes
-    return SinkTrace(tuple(traced), tuple(rows), tuple(found), batch, tuple(dict.fromkeys(notes)), info)
+    notes = list(dict.fromkeys(notes))
+    return SinkTrace(tuple(traced), tuple(rows), tuple(found), batch, tuple(primaries), tuple(notes), info)
 
 
 def phases(found: SinkMap, sink: Sink) -> list[Phase]:
@@ -137,7 +145,7 @@ class Looked:
                 no_sink = torch.ones(len(row), dtype=torch.bool, device=one.ids.device)
                 no_sink[[p for s, p in found.places or () if s == b]] = False
                 top = found.strongest[b]
-                chosen = {p for p, i in enumerate(row) if i in wanted} | {s.position for s in found if s.sequence == b}
+                chosen = _some(row, wanted) | {s.position for s in found if s.sequence == b}
                 positions = sorted(chosen | ({top} if top is not None else set()))
                 self.positions.append(positions)
                 self.no_sink.append(no_sink)
@@ -166,16 +174,30 @@ class Looked:
     def same_id(self, token_id: int) -> tuple[Float[Tensor, "component d_model"], int]:
         """The mean of what components add at tokens of an id that are no sink, and how many there are."""
         total, count = torch.zeros_like(self.parts[0].ordinary), 0
+        for added in self.alike(token_id):
+            total, count = total + added.sum(1), count + added.shape[1]
+        return total / max(count, 1), count
+
+    def alike(self, token_id: int) -> Iterator[Float[Tensor, "component token d_model"]]:
+        """What components add at the tokens of an id that are no sink, sequence by sequence."""
         for b, parts in enumerate(self.parts):
             row = self.found.tokens.row(b)
-            for n, p in enumerate(self.positions[b]):
-                if int(row[p]) == token_id and bool(self.no_sink[b][p]):
-                    total, count = total + parts.added[:, n], count + 1
-        return total / max(count, 1), count
+            at = [n for n, p in enumerate(self.positions[b]) if int(row[p]) == token_id and bool(self.no_sink[b][p])]
+            if at:
+                yield parts.added[:, at]
 
     def ordinary(self) -> Float[Tensor, "component d_model"]:
         """The mean of what components add over all tokens that are no sink, sequences alike."""
         return torch.stack([parts.ordinary for parts in self.parts]).mean(0)
+
+
+def _some(row: list[int], wanted: set[int]) -> set[int]:
+    """At most 16 positions of each wanted id, evenly spread: a comma occurs in every line."""
+    found: set[int] = set()
+    for token_id in wanted:
+        at = [p for p, i in enumerate(row) if i == token_id]
+        found |= set(at[:: max(1, math.ceil(len(at) / SAME_ID))])
+    return found
 
 
 def _reference(
@@ -231,12 +253,14 @@ def _contributions(own: Looked, extra: Looked | None, s: int, sink: Sink, runs: 
             "later block; decompose_sinks follows it through the norms"
         )
     document = own.found.tokens.documents[sink.sequence]
+    norms = added.norm(dim=-1)
     found = []
     for number, phase in enumerate(runs):
         u = direction(own, extra, document, phase.reference)
         amounts = added @ u
         before = torch.tensor([layer < phase.reference for _, layer in own.components])
         whole = states[phase.reference] @ u
+        same_cosines, same_norms, same = _alike(own, extra, sink.token_id, u)
         found.append(
             Traced(
                 sink=s,
@@ -251,6 +275,11 @@ def _contributions(own: Looked, extra: Looked | None, s: int, sink: Sink, runs: 
                 components=own.components,
                 contributions=amounts.double().cpu(),
                 before=before,
+                cosines=(amounts / norms.clamp(min=1e-30)).cpu(),
+                norms=norms.cpu(),
+                same_cosines=same_cosines,
+                same_norms=same_norms,
+                same=same,
                 projection=float(whole),
                 rho=float(whole / (states[phase.reference] - whole * u).norm().clamp(min=1e-30)),
                 norm=float(states[phase.reference].norm()),
@@ -258,3 +287,22 @@ def _contributions(own: Looked, extra: Looked | None, s: int, sink: Sink, runs: 
             )
         )
     return found
+
+
+def _alike(
+    own: Looked, extra: Looked | None, token_id: int, u: Float[Tensor, " d_model"]
+) -> tuple[Float[Tensor, " component"], Float[Tensor, " component"], int]:
+    """Mean cosine with u, mean length, and number of tokens of an id that are no sink; NaN where there is none."""
+    empty = torch.full((len(own.components),), torch.nan)
+    for looked in (own, extra):
+        if looked is None:
+            continue
+        cosines, norms, count = torch.zeros(len(empty)), torch.zeros(len(empty)), 0
+        for added in looked.alike(token_id):
+            length = added.norm(dim=-1)
+            cosines += ((added @ u) / length.clamp(min=1e-30)).sum(1).cpu()
+            norms += length.sum(1).cpu()
+            count += added.shape[1]
+        if count:
+            return cosines / count, norms / count, count
+    return empty, empty.clone(), 0

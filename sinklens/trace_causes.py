@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.components import Component
+from sinklens.lives import activity
 from sinklens.trace_result import WRITER, Traced
 from sinklens.trace_rows import Row, check_writing, run_rows
 
@@ -51,7 +52,7 @@ class Causes:
         """Every replacement of one phase, with its effects."""
         ids = self.own.found.tokens[one.sequence].trim().ids.to(self.model.cfg.device)
         no_sink = self.own.no_sink[one.sequence]
-        writers = [c for c, share in one.shares() if share >= WRITER and c[0] in ("attn", "mlp")]
+        writers = _writers(one)
         erasers = one.erasers()
         rows: list[Row] = [Row(None)]
         labels: list[dict[str, Any]] = [{"component": "", "layer": -1, "at": "", "replacement": ""}]
@@ -62,9 +63,7 @@ class Causes:
 
         others = [s for s in self.own.found if s.sequence == one.sequence]
         for component in [*writers, *erasers]:
-            if component[0] not in self._checked:
-                check_writing(self.model, ids, component, one.position)
-                self._checked.add(component[0])
+            self._check(ids, component, one.position)
             for name in self.replacements:
                 add(
                     component,
@@ -91,10 +90,15 @@ class Causes:
         if self.loss:
             kept = no_sink[:-1].nonzero().flatten()
             scored = kept if len(kept) else None
-        seen = run_rows(self.model, ids, rows, [one.position], no_sink, scored)
+        last = None if self.doses else one.phase.end + AFTER
+        seen = run_rows(
+            self.model, ids, rows, [one.position], no_sink, scored, last=last, state_layer=one.phase.reference
+        )
+        lives = self._lives(one, seen.beta[:, 0])
+        rho = [_rho(state, one.direction) for state in seen.states[:, 0]]
         table = []
         for r, label in enumerate(labels):
-            first = max(one.phase.onset, label["layer"] + (1 if label["component"] == "mlp" else 1))
+            first = max(one.phase.onset, label["layer"] + 1)
             inside = slice(min(first, one.phase.end), one.phase.end + 1)
             behind = slice(one.phase.end + 1, one.phase.end + 1 + AFTER)
             row = label | {"trace": one.sink, "phase": one.number, "writer": self._is(label, writers)}
@@ -102,11 +106,65 @@ class Causes:
                 values = getattr(seen, name)[:, 0]
                 row[name] = float(values[r, inside].nanmean())
                 row[f"d_{name}"] = row[name] - float(values[0, inside].nanmean())
+            row |= {"life": lives[r], "d_life": lives[r] - lives[0], "rho": rho[r], "d_rho": rho[r] - rho[0]}
             row["d_margin_after"] = float((seen.margin[r, 0, behind] - seen.margin[0, 0, behind]).nanmean())
             row["loss"] = float(seen.loss[r])
             row["d_loss"] = float(seen.loss[r] - seen.loss[0])
             table.append(row)
         return table
+
+    def _lives(self, one: Traced, beta: Float[Tensor, "row layer"]) -> list[int]:
+        """How many layers behind the phase's onset, among those that were run, the sink is active in, in every row."""
+        found = self.own.found
+        layers = slice(one.phase.onset, None)
+        uniform = found.uniform[one.sequence][:, one.position]
+        mass = beta.T.nan_to_num()[None]  # a batch of one, rows in the place of positions
+        even = uniform[None, :, None].expand_as(mass)
+        return activity(mass, even, found.thresholds)[0, layers].sum(0).tolist()
+
+    def primary(self, sequence: int, traced: Sequence[Traced]) -> dict[str, Any] | None:
+        """What becomes of the primary when the secondary sinks of its sequence are not written.
+
+        The outputs of all their writers are replaced at all of them by those of tokens of the same id. None where the
+        sequence lacks a primary, a secondary or a writer of one.
+        """
+        position = self.own.found.strongest[sequence]
+        secondary = [one for one in traced if one.sequence == sequence and one.kind == "secondary"]
+        edits = []
+        for one in secondary:
+            for component in _writers(one):
+                delta = self._delta(one, one.position, one.token_id, component, "same_id")
+                edits.append(Row(component, (one.position,), delta))
+        if position is None or not edits:
+            return None
+        ids = self.own.found.tokens[sequence].trim().ids.to(self.model.cfg.device)
+        for edit in edits:
+            self._check(ids, edit.component, edit.positions[0])
+        whole = Row(edits[0].component, edits[0].positions, edits[0].delta, also=tuple(edits[1:]))
+        tracked = [position, *sorted({one.position for one in secondary} - {position})]
+        seen = run_rows(self.model, ids, [Row(None), whole], tracked, self.own.no_sink[sequence])
+        found, n_layers = self.own.found, seen.margin.shape[2]
+        active = activity(found.mass[sequence], found.uniform[sequence], found.thresholds)[:, position]
+        alive = [sum(one.phase.onset <= n <= one.phase.end for one in secondary) for n in range(n_layers)]
+        return {
+            "sequence": sequence,
+            "document": self.own.found.tokens.documents[sequence],
+            "position": position,
+            "secondary": len(tracked) - 1,
+            "active": active.tolist(),
+            "alive": alive,
+            "alpha": seen.alpha[0, 0].tolist(),
+            "margin": seen.margin[0, 0].tolist(),
+            "alpha_without": seen.alpha[1, 0].tolist(),
+            "margin_without": seen.margin[1, 0].tolist(),
+            "secondary_alpha": seen.alpha[0, 1:].sum(0).tolist(),
+            "secondary_alpha_without": seen.alpha[1, 1:].sum(0).tolist(),
+        }
+
+    def _check(self, ids: Tensor, component: Component | None, position: int) -> None:
+        if component is not None and component[0] not in self._checked:
+            check_writing(self.model, ids, component, position)
+            self._checked.add(component[0])
 
     @staticmethod
     def _is(label: dict[str, Any], writers: Sequence[Component]) -> bool:
@@ -156,3 +214,13 @@ class Causes:
                 )
             self._same[token_id] = mean
         return self._same[token_id]
+
+
+def _writers(one: Traced) -> list[Component]:
+    return [c for c, share in one.shares() if share >= WRITER and c[0] in ("attn", "mlp")]
+
+
+def _rho(state: Float[Tensor, " d_model"], u: Float[Tensor, " d_model"]) -> float:
+    """``<x, u> / |x - <x, u> u|``."""
+    along = float(state @ u.to(state))
+    return along / max(float((state - along * u.to(state)).norm()), 1e-30)

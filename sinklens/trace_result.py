@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,11 @@ from sinklens.statistics import interval
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
+    import networkx as nx
     from plotly.graph_objects import Figure
+
+    from sinklens.neurons import Neurons
+    from sinklens.scores import SinkScores
 
 WRITER = 0.25  # smallest share of a writer
 ERASER = 0.05  # of what was written, taken away between the reference layer and the end of the phase
@@ -46,6 +51,9 @@ class Traced:
         number, phase: which phase of its life.
         components, contributions: ``<out, u>``, in the order in which they write.
         before: which of them write before the reference layer.
+        cosines, norms: of what every component adds: its cosine with u, its length.
+        same_cosines, same_norms: their means over tokens of the same id that are no sink; NaN where there is none.
+        same: how many of them.
         projection: ``<x_ref, u>``; rho: over the length of the rest of the stream; norm: the stream's.
         direction: u.
     """
@@ -62,6 +70,11 @@ class Traced:
     components: tuple[Component, ...]
     contributions: Float[Tensor, " component"]
     before: Bool[Tensor, " component"]
+    cosines: Float[Tensor, " component"]
+    norms: Float[Tensor, " component"]
+    same_cosines: Float[Tensor, " component"]
+    same_norms: Float[Tensor, " component"]
+    same: int
     projection: float
     rho: float
     norm: float
@@ -74,6 +87,10 @@ class Traced:
     def shares(self) -> list[tuple[Component, float]]:
         """Those that write before the reference layer, with their shares; they sum to 1."""
         return [(c, self.share(c)) for c, early in zip(self.components, self.before.tolist(), strict=True) if early]
+
+    def writers(self) -> list[Component]:
+        """The layers whose share is at least 0.25."""
+        return [c for c, share in self.shares() if share >= WRITER and c[0] in ("attn", "mlp")]
 
     def erasers(self) -> list[Component]:
         """Those that take away at least 5 % between the reference layer and the end of the phase."""
@@ -90,6 +107,8 @@ class SinkTrace:
     Attributes:
         traced: one entry per phase of each sink's life.
         causes: one row per replacement, see :meth:`effects`.
+        primaries: one entry per sequence with a primary and written secondary sinks: the primary's attention and
+            competitor-free margin by layer, as it is and with the secondary sinks' writers replaced at them.
         sinks: the map's sinks.
         tokens: the sequences.
         notes, info: what the reader should know; model and versions.
@@ -99,6 +118,7 @@ class SinkTrace:
     causes: tuple[dict[str, Any], ...]
     sinks: tuple[Sink, ...]
     tokens: Tokens
+    primaries: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -114,10 +134,11 @@ class SinkTrace:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per (phase, component): ``contribution`` along u, ``share``, the running sum, and whether it writes
-        before the reference layer. Token and position embeddings are one component, "embed".
+        before the reference layer; ``cosine`` with u and ``norm`` of what it adds, and their means over tokens of the
+        same id that are no sink. Token and position embeddings are one component, "embed".
         """
         columns = ["sequence", "position", "token", "kind", "phase", "reference", "component", "layer", "contribution"]
-        columns += ["share", "cumulative", "before"]
+        columns += ["share", "cumulative", "before", "cosine", "norm", "same_id_cosine", "same_id_norm"]
         rows = []
         for one in self.traced:
             running = 0.0
@@ -131,8 +152,18 @@ class SinkTrace:
                     self._label(one)
                     | {"reference": one.phase.reference, "component": kind, "layer": layer, "contribution": amount}
                     | {"share": amount / one.projection, "cumulative": running, "before": early}
+                    | self._alignment(one, (kind, layer))
                 )
         return pd.DataFrame(rows, columns=pd.Index(columns))
+
+    @staticmethod
+    def _alignment(one: Traced, component: Component) -> dict[str, float]:
+        names = ("cosine", "norm", "same_id_cosine", "same_id_norm")
+        if component not in one.components:  # the embeddings, summed
+            return dict.fromkeys(names, math.nan)
+        at = one.components.index(component)
+        values = (one.cosines, one.norms, one.same_cosines, one.same_norms)
+        return {name: float(tensor[at]) for name, tensor in zip(names, values, strict=True)}
 
     @staticmethod
     def _label(one: Traced) -> dict[str, Any]:
@@ -149,7 +180,8 @@ class SinkTrace:
 
         ``at``: "sink", "all sinks", "random layer" or "random token" (controls); ``margin``, ``alpha``, ``beta``: means
         over the phase's layers behind the component, ``d_``: change from the clean run; ``d_margin_after``: in the
-        three layers behind the phase; ``d_loss`` where it was asked for.
+        three layers behind the phase; ``life``: active layers from the phase's onset on (to three behind its end; with
+        doses, to the last); ``rho``: of the stream at the reference layer; ``d_loss`` where it was asked for.
         """
         rows = []
         by = {(t.sink, t.number): t for t in self.traced}
@@ -168,8 +200,9 @@ class SinkTrace:
         rows = []
         for one in self.traced:
             mine = [r for r in self.causes if (r["trace"], r["phase"]) == (one.sink, one.number)]
+            named = one.writers()
             for component, share in one.shares():
-                if share < WRITER or component[0] not in ("attn", "mlp"):
+                if component not in named:
                     continue
                 fall = self._effect(mine, component, "sink", "same_id")
                 layer = [
@@ -252,18 +285,60 @@ class SinkTrace:
 
         return contribution_bars(self, sink)
 
+    def part(self, documents: Iterable[int]) -> SinkTrace:
+        """The trace of some documents only, such as one half of them: find a rule in one, test it in the other."""
+        kept = set(documents)
+        traced = tuple(one for one in self.traced if one.document in kept)
+        numbers = {one.sink for one in traced}
+        causes = tuple(row for row in self.causes if row["trace"] in numbers)
+        primaries = tuple(entry for entry in self.primaries if entry["document"] in kept)
+        return replace(self, traced=traced, causes=causes, primaries=primaries)
+
+    def circuit(
+        self, sink: int | None = None, *, neurons: Neurons | None = None, scores: SinkScores | None = None
+    ) -> nx.DiGraph:
+        """A small graph of one sink (the first, or the one numbered): who writes and erases it, which heads read it.
+
+        Args:
+            sink: its number in the map.
+            neurons: from :func:`sinklens.writer_neurons`: also the writers' largest neurons and what feeds them.
+            scores: of the same tokens: weights of the reading heads (else those with far importance above 0.3).
+
+        Returns:
+            A networkx DiGraph. Nodes have ``kind`` (token, component, neuron, head) and ``layer``; edges ``role``
+            (writes, erases, is part of, feeds, is read by) and ``weight``: share of ``<x_ref, u>``, share of the
+            writer's contribution, difference of the pre-activation to tokens that are no sink, far importance.
+        """
+        from sinklens.circuit import circuit
+
+        return circuit(self, sink, neurons, scores)
+
+    def plot_doses(self, kind: str | None = None) -> Figure:
+        """Attention, life and competitor-free margin against the dose of the main writer's output (``doses=``)."""
+        from sinklens.trace_plots import dose_curves
+
+        return dose_curves(self, kind)
+
+    def plot_circuit(
+        self, sink: int | None = None, *, neurons: Neurons | None = None, scores: SinkScores | None = None
+    ) -> Figure:
+        """The graph of :meth:`circuit`, drawn."""
+        from sinklens.trace_plots import circuit_figure
+
+        return circuit_figure(self.circuit(sink, neurons=neurons, scores=scores))
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything as one safetensors file, whole or not at all."""
         tensors: dict[str, Tensor] = {}
         for i, one in enumerate(self.traced):
-            tensors |= {f"{i}.contributions": one.contributions, f"{i}.before": one.before}
-            tensors[f"{i}.direction"] = one.direction
+            tensors |= {f"{i}.{name}": tensor for name, tensor in vars(one).items() if isinstance(tensor, Tensor)}
         tensors |= {f"tokens.{name}": t for name, t in self.tokens.tensors().items()}
         plain = [
             {k: v for k, v in vars(one).items() if not isinstance(v, Tensor)} | {"phase": asdict(one.phase)}
             for one in self.traced
         ]
-        meta = {"traced": plain, "causes": list(self.causes), "sinks": [asdict(s) for s in self.sinks]}
+        meta = {"traced": plain, "causes": list(self.causes), "primaries": list(self.primaries)}
+        meta |= {"sinks": [asdict(s) for s in self.sinks]}
         meta |= {"tokens": self.tokens.meta(), "notes": list(self.notes), "info": self.info}
         return save_tensors(path, "SinkTrace", tensors, meta)
 
@@ -277,12 +352,14 @@ class SinkTrace:
         for i, content in enumerate(meta["traced"]):
             content["phase"] = Phase(**content["phase"])
             content["components"] = tuple((str(a), int(b)) for a, b in content["components"])
-            own: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in ("contributions", "before", "direction")}
+            start = f"{i}."
+            own: dict[str, Any] = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
             traced.append(Traced(**content, **own))
         batch = {n.removeprefix("tokens."): t for n, t in tensors.items() if n.startswith("tokens.")}
         return cls(
             traced=tuple(traced),
             causes=tuple(meta["causes"]),
+            primaries=tuple(meta["primaries"]),
             sinks=tuple(sink_from_json(s) for s in meta["sinks"]),
             tokens=Tokens.from_parts(batch, meta["tokens"]),
             notes=tuple(meta["notes"]),

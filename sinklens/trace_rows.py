@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_output
+from sinklens.attention import attention_hook, block_input, block_output
 from sinklens.components import Component
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.importance import FAR
@@ -30,13 +30,15 @@ PATTERN_BYTES = 2**28  # of one layer's patterns over the rows of a batch
 class Row:
     """One intervention: ``delta`` is added to a component's output at ``positions``; None: the clean run.
 
-    ``where``: another hook than the one at which the component writes, such as its neurons' activations.
+    ``where``: another hook than the one at which the component writes, such as its neurons' activations; ``also``:
+    further edits of the same run.
     """
 
     component: Component | None
     positions: tuple[int, ...] = ()
     delta: Float[Tensor, "position features"] | None = None
     where: str | None = None
+    also: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +50,14 @@ class Seen:
         alpha: mean over heads of the attention that all queries which see it pay it: [row, token, layer].
         beta: the same over the queries at least 16 away.
         loss: mean over scored predictions, nats: [row]; NaN where none was asked for.
+        states: the stream that ``state_layer`` reads at the tracked tokens: [row, token, d_model]; NaN without.
     """
 
     margin: Float[Tensor, "row token layer"]
     alpha: Float[Tensor, "row token layer"]
     beta: Float[Tensor, "row token layer"]
     loss: Float[Tensor, " row"]
+    states: Float[Tensor, "row token d_model"]
 
 
 def writing_hook(model: TransformerBridge, component: Component) -> str:
@@ -73,6 +77,9 @@ def run_rows(
     tracked: Sequence[int],
     no_sink: Bool[Tensor, " pos"],
     scored: Int[Tensor, " scored"] | None = None,
+    *,
+    last: int | None = None,
+    state_layer: int | None = None,
 ) -> Seen:
     """Run all rows, as many at once as one layer's patterns allow.
 
@@ -83,6 +90,8 @@ def run_rows(
         tracked: the tokens whose attention is followed.
         no_sink: the tokens that the competitor-free margin compares with; a tracked token is never among them.
         scored: positions whose predictions are scored; None: no loss, and no unembedding.
+        last: the last layer whose attention is wanted: later ones are not run (unless a loss is) and stay NaN.
+        state_layer: keep the stream that this layer reads at the tracked tokens.
 
     Raises:
         UnsupportedModelError: the host discards the edit (post-norm models, or outputs that it scales).
@@ -92,13 +101,13 @@ def run_rows(
     size = facts.n_heads * length * length * 4
     at_once = max(1, PATTERN_BYTES // size)
     parts = [
-        _run(model, ids, rows[start : start + at_once], tracked, no_sink, scored)
+        _run(model, ids, rows[start : start + at_once], tracked, no_sink, scored, last, state_layer)
         for start in range(0, len(rows), at_once)
     ]
-    margin, alpha, beta, loss = (
-        torch.cat([getattr(p, name) for p in parts]) for name in ("margin", "alpha", "beta", "loss")
+    margin, alpha, beta, loss, states = (
+        torch.cat([getattr(p, name) for p in parts]) for name in ("margin", "alpha", "beta", "loss", "states")
     )
-    return Seen(margin, alpha, beta, loss)
+    return Seen(margin, alpha, beta, loss, states)
 
 
 def _run(
@@ -108,11 +117,14 @@ def _run(
     tracked: Sequence[int],
     no_sink: Bool[Tensor, " pos"],
     scored: Int[Tensor, " scored"] | None,
+    last: int | None,
+    state_layer: int | None,
 ) -> Seen:
     facts = capabilities(model)
     shape = (len(rows), len(tracked), facts.n_layers)
     margin, alpha, beta = (torch.full(shape, torch.nan) for _ in range(3))
-    found = Seen(margin, alpha, beta, torch.full((len(rows),), torch.nan))
+    states = torch.full((len(rows), len(tracked), model.cfg.d_model), torch.nan)
+    found = Seen(margin, alpha, beta, torch.full((len(rows),), torch.nan), states)
     length = ids.shape[1]
     index = torch.arange(length, device=ids.device)
     rest = no_sink.clone()
@@ -144,14 +156,22 @@ def _run(
         return hook
 
     by_hook: dict[str, list[tuple[int, Row]]] = {}
-    for r, row in enumerate(rows):
-        if row.component is not None and row.delta is not None:
-            by_hook.setdefault(row.where or writing_hook(model, row.component), []).append((r, row))
+    for r, whole in enumerate(rows):
+        for row in (whole, *whole.also):
+            if row.component is not None and row.delta is not None:
+                by_hook.setdefault(row.where or writing_hook(model, row.component), []).append((r, row))
     hooks: list[Any] = [(name, edit(changes)) for name, changes in by_hook.items()]
-    hooks += [(attention_hook(layer, "hook_pattern"), watch(layer)) for layer in range(facts.n_layers)]
+    if state_layer is not None:
+
+        def stream(tensor: Tensor, hook: Any) -> None:
+            found.states[:] = tensor.detach().view(len(rows), length, -1)[:, list(tracked)].float().cpu()
+
+        hooks.append((block_input(state_layer), stream))
+    end = facts.n_layers - 1 if last is None or scored is not None else min(last, facts.n_layers - 1)
+    hooks += [(attention_hook(layer, "hook_pattern"), watch(layer)) for layer in range(end + 1)]
     batch = ids.expand(len(rows), -1)
     if scored is None:
-        run_blocks(model, batch, hooks)
+        run_blocks(model, batch, hooks, until=block_output(end))
         return found
     where = scored.to(ids.device)
     late = ("unembed.hook_in", lambda tensor, hook: tensor[:, where])
