@@ -34,12 +34,15 @@ if TYPE_CHECKING:
     from sinklens.outcome import Experiment
     from sinklens.planting import plant_sinks
     from sinklens.proof import Capabilities, capabilities
+    from sinklens.readers import reading_heads
     from sinklens.residual_edits import ablate_residual
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
+    from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
     from sinklens.sink_page import write_sinks
     from sinklens.sinkmap import Sink, SinkMap
     from sinklens.sinks import compare_methods, find_sinks
+    from sinklens.subspace import writer_subspace
     from sinklens.swap import restrict_attention, swap_attention
     from sinklens.sweep_result import Sweep
     from sinklens.sweeps import sweep_ablation
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from sinklens.trace_result import SinkTrace
     from sinklens.two_by_two import Claims, TwoByTwo
     from sinklens.variants import BosVariants, bos_variants
+    from sinklens.verdicts import Verdict
     from sinklens.views import TokenView, attention_grid, attention_map
 
 __version__ = "0.1.0"
@@ -79,6 +83,7 @@ _HOMES = {
     "Tokens": "tokens",
     "TwoByTwo": "two_by_two",
     "UnsupportedModelError": "errors",
+    "Verdict": "verdicts",
     "ablate_residual": "residual_edits",
     "ablate_sinks": "ablate",
     "attention_grid": "views",
@@ -93,11 +98,15 @@ _HOMES = {
     "flash": "flash_backend",
     "load_model": "models",
     "load_tokens": "tokens",
+    "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
     "plant_sinks": "planting",
+    "primary_weakening": "secondary_claims",
+    "reading_heads": "readers",
     "restrict_attention": "swap",
     "run_experiment": "experiment",
     "sink_anatomy": "anatomy",
+    "sink_levels": "secondary_claims",
     "sink_scores": "scores",
     "swap_attention": "swap",
     "sweep_ablation": "sweeps",
@@ -108,7 +117,9 @@ _HOMES = {
     "write_scan": "scan",
     "write_sinks": "sink_page",
     "write_trace": "trace_page",
+    "writer_alignment": "secondary_claims",
     "writer_neurons": "neurons",
+    "writer_subspace": "subspace",
 }
 
 __all__ = [
@@ -136,6 +147,7 @@ __all__ = [
     "Tokens",
     "TwoByTwo",
     "UnsupportedModelError",
+    "Verdict",
     "ablate_residual",
     "ablate_sinks",
     "attention_grid",
@@ -150,11 +162,15 @@ __all__ = [
     "flash",
     "load_model",
     "load_tokens",
+    "norm_and_mass",
     "patch_bos",
     "plant_sinks",
+    "primary_weakening",
+    "reading_heads",
     "restrict_attention",
     "run_experiment",
     "sink_anatomy",
+    "sink_levels",
     "sink_scores",
     "swap_attention",
     "sweep_ablation",
@@ -165,7 +181,9 @@ __all__ = [
     "write_scan",
     "write_sinks",
     "write_trace",
+    "writer_alignment",
     "writer_neurons",
+    "writer_subspace",
 ]
 
 

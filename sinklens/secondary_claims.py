@@ -101,7 +101,7 @@ def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
     for effect in ("alpha", "life", "margin"):
         for dose in dict.fromkeys(r["dose"] for r in by_dose):
             mine = [r for r in by_dose if r["dose"] == dose]
-            numbers.append(quantity(f"{effect} at dose {dose:g}", [r[effect] for r in mine], _documents(mine)))
+            numbers.append(quantity(f"{effect} at dose {dose:g}", [float(r[effect]) for r in mine], _documents(mine)))
     alpha = {n["quantity"]: n["mean"] for n in numbers}
     doses = [alpha.get(f"alpha at dose {d}", math.nan) for d in ("0.5", "1", "2")]
     if not any(math.isnan(a) for a in doses) and doses[1] != doses[0]:

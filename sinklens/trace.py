@@ -47,6 +47,7 @@ def trace_sinks(
     causal: bool = True,
     replacements: Sequence[str] = REPLACEMENTS,
     doses: Sequence[float] = (),
+    most_proven: int | None = None,
     loss: bool = False,
     seed: int = 0,
     progress: bool | None = None,
@@ -63,6 +64,7 @@ def trace_sinks(
         replacements: of a writer's output at the sink: "same_id" (its mean over tokens of the same id that are no
             sink; the verdict's), "zero", "mean" (over ordinary tokens), "project" (its part along u removed).
         doses: also rescale the writer's output at the sink by these factors.
+        most_proven: prove at most so many sinks of each kind per sequence, drawn at random; default all.
         loss: measure the change of loss of every replacement too.
         seed: of the controls' draws.
         progress: show bars.
@@ -76,6 +78,8 @@ def trace_sinks(
         UnsupportedModelError: what components write cannot be told apart or replaced.
     """
     facts = capabilities(model)
+    if most_proven is not None and most_proven < 1:
+        raise BadInputError(f"most_proven must be at least 1, got {most_proven}; causal=False proves nothing")
     wrong = set(replacements) - set(REPLACEMENTS)
     if wrong:
         raise BadInputError(f"replacements must be of {', '.join(REPLACEMENTS)}, got {sorted(wrong)}")
@@ -96,8 +100,9 @@ def trace_sinks(
     primaries: list[dict[str, Any]] = []
     if causal:
         causes = Causes(model, own, extra, replacements, doses, loss=loss, seed=seed)
-        with progress_bar("replacing what components write", len(traced), progress) as advance:
-            for one in traced:
+        proven = _proven(traced, most_proven, seed)
+        with progress_bar("replacing what components write", len(proven), progress) as advance:
+            for one in proven:
                 rows += causes.of(one)
                 advance()
         with progress_bar("primaries without secondary sinks", len(batch), progress) as advance:
@@ -121,6 +126,20 @@ def phases(found: SinkMap, sink: Sink) -> list[Phase]:
             else:
                 runs.append([layer])
     return [Phase(r[0], r[-1], max(r, key=lambda layer: sink.masses[layer])) for r in runs]
+
+
+def _proven(traced: Sequence[Traced], most: int | None, seed: int) -> list[Traced]:
+    """All phases of at most ``most`` sinks per sequence and kind."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for one in traced:
+        groups.setdefault((one.sequence, one.kind), []).append(one.sink)
+    draw = torch.Generator().manual_seed(seed)
+    chosen: set[int] = set()
+    for numbers in groups.values():
+        different = list(dict.fromkeys(numbers))
+        order = torch.randperm(len(different), generator=draw)[:most].tolist()
+        chosen |= {different[i] for i in order}
+    return [one for one in traced if one.sink in chosen]
 
 
 class Looked:
@@ -276,7 +295,7 @@ def _contributions(own: Looked, extra: Looked | None, s: int, sink: Sink, runs: 
                 contributions=amounts.double().cpu(),
                 before=before,
                 cosines=(amounts / norms.clamp(min=1e-30)).cpu(),
-                norms=norms.cpu(),
+                norms=norms.clone().cpu(),  # phases of one sink would share it
                 same_cosines=same_cosines,
                 same_norms=same_norms,
                 same=same,

@@ -72,13 +72,13 @@ class Causes:
                     "sink",
                     name,
                 )
+        for component in writers:
+            old = self._old(one.sequence, one.position, component)
             for dose in self.doses:
-                old = self._old(one.sequence, one.position, component)
                 add(component, [one.position], (dose - 1) * old[None], "sink", f"x {dose:g}")
             if len(others) > 1:
                 deltas = [self._delta(one, s.position, s.token_id, component, "same_id") for s in others]
                 add(component, [s.position for s in others], torch.cat(deltas), "all sinks", "same_id")
-        for component in writers:
             self._controls(one, component, no_sink, add)
         if writers:
             last = self.own.components.index(writers[-1])

@@ -1,0 +1,276 @@
+"""The claims about secondary sinks on a model whose writers are planted, and their statistics against naive ones."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from architectures import build_pair, random_rows
+from scipy.stats import spearmanr
+from test_trace import ERASES_X, LAYERS, LENGTH, WRITES_X, WRITES_Y, X, planted_writers, texts
+from transformer_lens.model_bridge import TransformerBridge
+
+import sinklens as sl
+from sinklens.secondary_claims import _clusters
+from sinklens.statistics import rank_correlation
+from sinklens.trace_rows import Row, run_rows
+from sinklens.verdicts import every, quantity
+
+DOCUMENTS = 18
+
+
+@pytest.fixture(scope="module")
+def model() -> TransformerBridge:
+    return planted_writers()
+
+
+@pytest.fixture(scope="module")
+def trace(model: TransformerBridge) -> sl.SinkTrace:
+    """18 documents; a second X far behind the first in every other one."""
+    ids = texts(DOCUMENTS)
+    ids[::2, 50] = X
+    return sl.trace_sinks(model, ids, replacements=("same_id",), doses=(0.0, 0.5, 2.0, 4.0), progress=False)
+
+
+def test_rank_correlation_is_spearman_and_ignores_what_differs_between_groups() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=60)
+    y = x + draw.normal(size=60)
+    documents = [i // 3 for i in range(60)]
+    whole, low, high = rank_correlation(x.tolist(), y.tolist(), [0] * 60, documents)
+    assert whole == pytest.approx(float(spearmanr(x, y)[0]), abs=1e-12)
+    assert low < whole < high
+    groups = [i % 2 for i in range(60)]
+    shifted = [v + 100 * g for v, g in zip(y.tolist(), groups, strict=True)]
+    assert rank_correlation(x.tolist(), shifted, groups, documents) == rank_correlation(
+        x.tolist(), y.tolist(), groups, documents
+    )
+    assert abs(rank_correlation(x.tolist(), shifted, [0] * 60, documents)[0] - whole) > 0.1
+    assert math.isnan(rank_correlation(x.tolist(), y.tolist(), groups, [0] * 60)[1])
+    assert math.isnan(rank_correlation([1.0] * 60, y.tolist(), groups, documents)[0])
+
+
+def test_alignment_is_the_cosine_of_what_the_writer_adds(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+    found = sl.writer_alignment(trace)
+    assert set(found.details.writer) == {f"mlp {WRITES_X}"}
+    kept: list[torch.Tensor] = []
+    keep: Any = (f"blocks.{WRITES_X}.hook_mlp_out", lambda t, hook: kept.append(t[0, 20].detach()))
+    model.run_with_hooks(trace.tokens.ids[1:2], fwd_hooks=[keep])
+    one = next(t for t in trace.traced if (t.sequence, t.position) == (1, 20))
+    row = next(r for r in found.details.to_dict("records") if (r["sequence"], r["position"]) == (1, 20))
+    assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(kept[0], one.direction, dim=0)), abs=1e-5)
+    assert row["norm"] == pytest.approx(float(kept[0].norm()), rel=1e-5)
+    assert row["cosine"] > 0.99
+    assert found.holds is None  # X is always a sink here, so there is nothing to compare with
+    assert found.number("difference")["n"] == 0
+
+
+def test_tokens_of_the_same_id_that_are_no_sink_are_compared(model: TransformerBridge) -> None:
+    """Y writes wherever it stands; the sink at the end of a text has no queries, so it is no sink there."""
+    ids = texts(2)
+    ids[1, 95] = X
+    ids[1, 20] = 6
+    trace = sl.trace_sinks(model, ids, causal=False, progress=False)
+    one = next(t for t in trace.traced if t.token_id == X)
+    at = one.components.index(("mlp", WRITES_X))
+    assert one.same == 1
+    assert float(one.same_cosines[at]) == pytest.approx(float(one.cosines[at]), abs=0.05)
+    row = next(r for r in trace.to_dataframe().to_dict("records") if r["layer"] == WRITES_X and r["component"] == "mlp")
+    assert {"cosine", "same_id_norm"} <= set(row)
+
+
+def test_doses_of_the_norm_move_mass_and_life(trace: sl.SinkTrace) -> None:
+    found = sl.norm_and_mass(trace)
+    assert all(name in set(found.numbers.quantity) for name in ("Spearman of norm and mass", "alpha at dose 0.5"))
+    at = {dose: found.number(f"alpha at dose {dose}")["mean"] for dose in ("0", "0.5", "1", "2")}
+    assert at["0"] < at["0.5"] < at["1"] < at["2"]
+    rows = [r for r in trace.effects().to_dict("records") if r["at"] == "sink" and r["kind"] == "secondary"]
+    zero = next(r for r in rows if r["replacement"] == "x 0" and r["layer"] == WRITES_X)
+    assert zero["life"] == 0
+    assert zero["d_life"] == -(ERASES_X - WRITES_X)
+    assert zero["rho"] == pytest.approx(0.0, abs=0.05)
+    assert trace.plot_doses().to_json()
+    with pytest.raises(sl.BadInputError, match="no doses"):
+        trace.part([]).plot_doses()
+
+
+def test_lives_are_those_of_find_sinks(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+    found = sl.find_sinks(model, trace.tokens)
+    clean = {(s.sequence, s.position): s.lifetime for s in found}
+    for row in trace.effects().to_dict("records"):
+        if row["at"] == "sink" and row["replacement"] == "x 2":
+            assert row["life"] - row["d_life"] == clean[row["sequence"], row["position"]]
+
+
+def test_competition_is_told_from_real_weakening(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+    """Here secondary sinks only compete: without them the primary gains attention, and its margin stays."""
+    found = sl.primary_weakening(trace)
+    assert found.number("recovered_alpha")["low"] > 0.01
+    assert abs(found.number("recovered_margin")["mean"]) < 1e-3
+    assert found.number("dip_alpha")["high"] < 0
+    assert found.number("secondary_alpha_without")["mean"] < 0.2 * found.number("secondary_alpha")["mean"]
+    assert found.holds is False
+    entry = trace.primaries[0]
+    kept: list[torch.Tensor] = []
+    layer = WRITES_X + 1
+    names: Any = [(f"blocks.{layer}.attn.hook_pattern", lambda t, hook: kept.append(t[0].detach()))]
+    model.run_with_hooks(trace.tokens.ids[:1], fwd_hooks=names)
+    assert entry["alpha"][layer] == pytest.approx(float(kept[0][:, :, 0].mean()), abs=1e-5)
+    assert entry["alive"] == [0] * (WRITES_X + 1) + [2] * (ERASES_X - WRITES_X) + [0] * (LAYERS - ERASES_X - 1)
+    with pytest.raises(sl.BadInputError, match="no sequence has"):
+        sl.primary_weakening(trace.part([]))
+
+
+def test_levels_join_neighbours_and_count_them(trace: sl.SinkTrace) -> None:
+    assert _clusters([(3, 7), (4, 8), (9, 2), (5, 9), (9, 4)]) == {
+        (3, 7): 0,
+        (4, 8): 0,
+        (5, 9): 0,
+        (9, 2): 1,
+        (9, 4): 2,
+    }
+    found = sl.sink_levels(trace)
+    assert found.number("levels")["mean"] == 1
+    assert found.number("covered")["mean"] == 1
+    assert found.number("same level, same token")["mean"] == 1
+    assert found.holds is True
+    assert found.details.to_dict("records")[0]["lifetime"] == ERASES_X - WRITES_X
+    with pytest.raises(sl.BadInputError, match="no levels"):
+        sl.sink_levels(trace, kind="undetermined")
+
+
+def test_one_direction_of_the_input_carries_a_planted_writer(model: TransformerBridge) -> None:
+    ids = texts(DOCUMENTS)
+    ids[::3, 95] = X  # too late to be a sink: the tokens of its id that inputs are compared with
+    ids[1::2, 40] = X
+    found = sl.find_sinks(model, ids)
+    trace = sl.trace_sinks(model, ids, found, causal=False, progress=False)
+    shown = sl.writer_subspace(model, trace, progress=False, n_random=3)
+    assert "PC 1" in set(shown.details.component)
+    assert shown.number("components for 90 %")["n"] > 0
+    empty = trace.part([])
+    with pytest.raises(sl.BadInputError, match="no MLP writes"):
+        sl.writer_subspace(model, empty)
+    with pytest.raises(sl.BadInputError, match="are needed"):
+        sl.writer_subspace(model, trace.part([0, 1]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "neox"])
+def test_an_mlp_runs_by_itself_on_given_inputs(name: str) -> None:
+    from sinklens.running import collect
+    from sinklens.subspace import _Mlp
+
+    _, model = build_pair(name)
+    mlp = _Mlp(model, 1)
+    seen = collect(model, torch.stack(random_rows((20,))), [mlp.point, mlp.out])
+    assert (mlp(seen[mlp.point]) - seen[mlp.out]).abs().max() < 1e-5
+    with pytest.raises(sl.UnsupportedModelError, match="by itself"):
+        mlp.check(seen[mlp.point], seen[mlp.out] + 1)
+
+
+def test_reading_heads_are_those_that_attend_and_no_others(model: TransformerBridge) -> None:
+    ids = texts(4)
+    scores = sl.sink_scores(model, ids)
+    found = sl.find_sinks(model, ids)
+    table = sl.reading_heads(scores, found, permutations=199)
+    assert set(table.layer) == set(range(WRITES_X + 1, ERASES_X + 1))
+    assert table.reads.all()  # every planted head asks for the direction
+    row = table.to_dict("records")[0]
+    naive = [float(scores.beta[s.sequence, row["layer"], row["head"], s.position]) for s in found.secondary]
+    assert row["beta"] == pytest.approx(sum(naive) / len(naive), abs=1e-6)
+    assert row["p"] == pytest.approx(1 / 200)
+    free = [p for p in range(LENGTH - 48) if p not in (0, 20)]
+    null = torch.stack([scores.beta[b, row["layer"], row["head"], free] for b in range(4)]).mean()
+    assert row["null"] == pytest.approx(float(null), rel=0.2)
+    dull = sl.SinkScores(
+        torch.rand_like(scores.alpha), torch.rand_like(scores.beta), scores.uniform, None, scores.tokens, scores.info
+    )
+    assert sl.reading_heads(dull, found, permutations=199).reads.mean() < 0.2
+    with pytest.raises(sl.BadInputError, match="same tokens"):
+        sl.reading_heads(sl.sink_scores(model, texts(2)), found)
+    with pytest.raises(sl.BadInputError, match="no undetermined"):
+        sl.reading_heads(scores, found, kind="undetermined")
+
+
+def test_the_circuit_names_neuron_writer_token_eraser_and_readers(
+    model: TransformerBridge, trace: sl.SinkTrace
+) -> None:
+    part = trace.part([0, 1])
+    number = next(t.sink for t in part.traced if t.kind == "secondary")
+    neurons = sl.writer_neurons(model, part, top=(1,), n_random=1, progress=False)
+    graph = part.circuit(number, neurons=neurons, scores=sl.sink_scores(model, trace.tokens))
+    token = next(n for n, data in graph.nodes(data=True) if data["kind"] == "token")
+    assert graph.edges[f"mlp {WRITES_X}", token]["weight"] == pytest.approx(1, abs=0.05)
+    assert graph.edges[f"mlp {ERASES_X}", token]["role"] == "erases"
+    assert graph.edges[f"mlp {WRITES_X} neuron 5", f"mlp {WRITES_X}"]["weight"] == pytest.approx(1, abs=0.05)
+    feeders = {a: d["weight"] for a, _, d in graph.in_edges(f"mlp {WRITES_X} neuron 5", data=True)}
+    assert max(feeders, key=lambda a: feeders[a]) == "embed"
+    readers = [b for _, b, d in graph.out_edges(token, data=True) if d["role"] == "is read by"]
+    assert len(readers) == 8
+    assert part.plot_circuit(number, neurons=neurons).to_json()
+    assert neurons.plot().to_json()
+    assert neurons.upstream("secondary").component.tolist()[0] == "embed"
+    assert len(neurons.upstream("undetermined")) == 0
+    for wrong, match in ((lambda: part.circuit(99), "no sink 99"), (lambda: neurons.plot(99), "numbered")):
+        with pytest.raises(sl.BadInputError, match=match):
+            wrong()
+
+
+def test_several_edits_of_one_run_and_shorter_runs() -> None:
+    _, model = build_pair("qwen2")
+    ids = torch.stack(random_rows((60,)))
+    no_sink = torch.ones(60, dtype=torch.bool)
+    noise = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
+    parts = [Row(("mlp", 0), (4,), noise[0]), Row(("attn", 1), (9,), noise[1])]
+    both = Row(parts[0].component, (4,), noise[0], also=(parts[1],))
+    seen = run_rows(model, ids, [Row(None), both, *parts], [4, 9], no_sink, state_layer=1)
+
+    def naive(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        new = tensor.clone()
+        at = 4 if "mlp" in hook.name else 9
+        new.view(60, -1)[at] += noise[0 if at == 4 else 1, 0]
+        return new
+
+    kept: list[torch.Tensor] = []
+    hooks: list[Any] = [("blocks.0.hook_mlp_out", naive), ("blocks.1.hook_attn_out", naive)]
+    hooks.append(("blocks.1.hook_in", lambda t, hook: kept.append(t[0].detach())))
+    hooks.append(("blocks.1.attn.hook_pattern", lambda t, hook: kept.append(t[0].detach())))
+    model.run_with_hooks(ids, fwd_hooks=hooks)
+    assert torch.allclose(seen.states[1], kept[0][[4, 9]], atol=1e-5)
+    assert float(seen.alpha[1, 0, 1]) == pytest.approx(float(kept[1][:, 4:, 4].mean()), abs=1e-6)
+    short = run_rows(model, ids, [Row(None), both], [4, 9], no_sink, last=0)
+    assert torch.equal(short.alpha[:, :, 0], seen.alpha[:2, :, 0])
+    assert short.alpha[:, :, 1].isnan().all()
+
+
+def test_traces_with_primaries_are_saved_and_parted(trace: sl.SinkTrace, tmp_path: Path) -> None:
+    again = sl.SinkTrace.load(trace.save(tmp_path / "trace.safetensors"))
+    assert again.primaries == trace.primaries
+    assert repr(sl.primary_weakening(again)) == repr(sl.primary_weakening(trace))
+    half = trace.part([0, 2, 4])
+    assert {t.document for t in half.traced} == {0, 2, 4}
+    assert len(half.primaries) == 3
+    assert len(half.effects()) < len(trace.effects())
+
+
+def test_verdicts_say_what_is_not_decided() -> None:
+    assert every([True, None]) is None
+    assert every([False, None]) is False
+    row = quantity("x", [1.0, math.nan, 3.0], [0, 1, 2])
+    assert (row["mean"], row["n"], row["documents"]) == (2.0, 2, 2)
+    assert math.isnan(row["low"])
+    verdict = sl.Verdict("c", "s", None, pd.DataFrame([row]), pd.DataFrame(), "r")
+    assert "not decided" in repr(verdict)
+    assert verdict.to_dataframe().equals(verdict.numbers)
+
+
+def test_an_untrained_model_has_no_writer() -> None:
+    _, model = build_pair("llama")
+    trace = sl.trace_sinks(model, torch.stack(random_rows((100, 100))), progress=False)
+    assert len(trace.writers()) == 0
+    assert WRITES_Y == 0
