@@ -9,7 +9,6 @@ layers and heads one by one on the first 16 of them. At most 128 predictions per
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from datetime import date
 from pathlib import Path
@@ -17,16 +16,15 @@ from typing import Any
 
 import pandas as pd
 import torch
+from findings_tools import MARKS, between, command_line, put, shown, table
 
 import sinklens as sl
-from sinklens.results import write_text
 
 MODELS = ("smollm2-135m", "gemma3-270m", "minilm-l6")
 KINDS = ("primary", "secondary")
 SCORED = 128
 DOCUMENTS = 24
 FEW = 16
-MARK = "<!-- decompositions -->"
 NUMBERS = (
     "margin", "gap", "log_rest", "peakedness", "distance", "key_side", "query_distance", "query_specific", "norm",
     "angle", "covariance", "bq_content", "content_bk", "bq_bk", "k_norm", "k_norm_rest", "cosine", "cosine_rest",
@@ -58,28 +56,6 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         path = store / f"{name}-{piece}.safetensors"
         if (not wanted or piece in wanted) and not path.is_file():
             make().save(path)
-
-
-def table(frame: pd.DataFrame) -> str:
-    """A Markdown table."""
-    rows = frame.to_dict("records")
-    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
-    lines += ["| " + " | ".join(shown(value) for value in row.values()) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def shown(value: Any) -> str:
-    """A cell."""
-    return "-" if value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def between(row: dict[str, Any], name: str = "") -> str:
-    """A mean with its interval."""
-    keys = (name, f"{name}_low", f"{name}_high") if name else ("mean", "low", "high")
-    mean, low, high = (row[key] for key in keys)
-    if mean != mean:
-        return "-"
-    return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low == low else "")
 
 
 def numbers(found: sl.SinkDecomposition, kind: str) -> str:
@@ -167,7 +143,6 @@ def one_by_one(found: sl.SinkDecomposition) -> str:
 def write(store: Path) -> None:
     """Put the tables of all finished pieces into docs/findings.md, behind the interventions."""
     parts = [
-        MARK,
         "# Sinks taken apart",
         f"Written by `python docs/make_decompositions.py` on {date.today()}, sinklens {sl.__version__}. The first 512 "
         "tokens of documents of `python-docs` of at least 256 tokens: all of them for primary sinks of decoders, the "
@@ -197,28 +172,8 @@ def write(store: Path) -> None:
             path = store / f"{name}-{scope}.safetensors"
             if path.is_file():
                 parts += [f"### {name}: {scope} one by one", one_by_one(sl.SinkDecomposition.load(path))]
-    page = Path(__file__).parent / "findings.md"
-    before = page.read_text(encoding="utf-8").split(MARK)[0].rstrip()
-    write_text(page, before + "\n\n" + "\n\n".join(parts) + "\n")
-
-
-def main() -> None:
-    """Run, or write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run")
-    runner.add_argument("model", choices=MODELS)
-    runner.add_argument("store", type=Path)
-    runner.add_argument("--only", nargs="*", default=[], choices=[*KINDS, "heads", "layers"])
-    writer = commands.add_parser("write")
-    writer.add_argument("store", type=Path)
-    options = parser.parse_args()
-    if options.command == "run":
-        options.store.mkdir(parents=True, exist_ok=True)
-        run(options.model, options.store, options.only)
-    else:
-        write(options.store)
+    put(MARKS[1], parts)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, MODELS, [*KINDS, "heads", "layers"], run, write)

@@ -9,7 +9,6 @@ scored, the same in every run.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
 from datetime import date
@@ -18,16 +17,14 @@ from typing import Any
 
 import pandas as pd
 import torch
+from findings_tools import MARKS, command_line, put
 
 import sinklens as sl
-from sinklens.results import write_text
 
 DECODERS = ("smollm2-135m", "gemma3-270m")
 ALL_CONTROLS = ("random", "recent", "same_id", "matched")
 SCORED = 128
 SMALL = 0.03
-MARK = "<!-- interventions -->"
-NEXT = "<!-- decompositions -->"
 RECENT = (64, 256)
 
 
@@ -191,7 +188,6 @@ def side_effects(experiment: sl.Experiment) -> str:
 def write(store: Path) -> None:
     """Put the tables of all finished experiments into docs/findings.md."""
     parts = [
-        MARK,
         "# What breaks without sinks",
         f"Written by `python docs/make_interventions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
         f"of `python-docs` with at least 256 tokens, the first 512 of each; at most {SCORED} predictions per document "
@@ -219,29 +215,8 @@ def write(store: Path) -> None:
                 if in_words(experiment):
                     parts.append(in_words(experiment))
                 parts.append(f"Side effects (means over layers and documents):\n\n{side_effects(experiment)}")
-    page = Path(__file__).parent / "findings.md"
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(MARK)[0].rstrip(), text.partition(NEXT)[2]
-    write_text(page, before + "\n\n" + "\n\n".join(parts) + "\n" + (f"\n{NEXT}{rest}" if rest else ""))
-
-
-def main() -> None:
-    """Run, or write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run")
-    runner.add_argument("model", choices=DECODERS)
-    runner.add_argument("store", type=Path)
-    runner.add_argument("--only", nargs="*", default=[], choices=["bos", *EXPERIMENTS])
-    writer = commands.add_parser("write")
-    writer.add_argument("store", type=Path)
-    options = parser.parse_args()
-    if options.command == "run":
-        options.store.mkdir(parents=True, exist_ok=True)
-        run(options.model, options.store, options.only)
-    else:
-        write(options.store)
+    put(MARKS[0], parts)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, DECODERS, ["bos", *EXPERIMENTS], run, write)

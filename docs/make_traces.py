@@ -9,8 +9,6 @@ replacement. Rules are taken from one half of the documents and judged on the ot
 
 from __future__ import annotations
 
-import argparse
-import math
 import warnings
 from collections import Counter
 from datetime import date
@@ -19,19 +17,21 @@ from typing import Any
 
 import pandas as pd
 import torch
+from findings_tools import MARKS, between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.components import component_name
 from sinklens.results import write_text
 from sinklens.sinks import from_scores
+from sinklens.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 CHUNKS, LENGTH = 64, 512
 DOSES = (0.0, 0.5, 2.0, 4.0)
 LONG = (2048, 4096, 8192)
 LONG_TEXTS = 4
-MARK = "<!-- traces -->"
+PIECES = ("trace", "causal", "neurons", "subspace", "planted", "long")
 
 
 def run(name: str, store: Path, wanted: list[str]) -> None:
@@ -59,7 +59,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         neurons(model, trace, store / f"{name}-neurons")
         write_text(path("neurons"), "done")
     if due("subspace"):
-        table(sl.writer_subspace(model, sl.SinkTrace.load(path("trace"))), store / f"{name}-subspace")
+        keep(sl.writer_subspace(model, sl.SinkTrace.load(path("trace"))), store / f"{name}-subspace")
         write_text(path("subspace"), "done")
     if due("planted"):
         chosen = causal_sequences(sinks)[:16]
@@ -101,7 +101,7 @@ def neurons(model: TransformerBridge, trace: sl.SinkTrace, stem: Path) -> None:
         getattr(found, name).to_csv(f"{stem}-{name}.csv", index=False)
 
 
-def table(verdict: sl.Verdict, stem: Path) -> None:
+def keep(verdict: sl.Verdict, stem: Path) -> None:
     """A verdict's two tables."""
     verdict.numbers.to_csv(f"{stem}-numbers.csv", index=False)
     verdict.details.to_csv(f"{stem}-details.csv", index=False)
@@ -120,16 +120,187 @@ def long_texts(model: TransformerBridge) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def write(store: Path) -> None:
+    """Put the tables of all finished pieces into docs/findings.md, behind the decompositions."""
+    parts = [
+        "# Who writes sinks",
+        f"Written by `python docs/make_traces.py` on {date.today()}, sinklens {sl.__version__}. {CHUNKS} chunks of "
+        f"{LENGTH} tokens of `python-docs`, two of each of 32 documents; intervals: 95 % over documents. One secondary "
+        "sink per document was proven by replacement and rescaled. Both halves of the documents are shown: what a rule "
+        "says in one must hold in the other. The models are 4-bit GGUF weights, dequantised.",
+    ]
+    for name in MODELS:
+        if (store / f"{name}-trace.safetensors").is_file():
+            parts += model_parts(name, store)
+    put(MARKS[2], parts)
+
+
+def model_parts(name: str, store: Path) -> list[str]:
+    """One model's tables."""
+    trace = sl.SinkTrace.load(store / f"{name}-trace.safetensors")
+    sinks = from_scores(sl.SinkScores.load(store / f"{name}-scores.safetensors"))
+    documents = sorted(set(trace.tokens.documents))
+    halves = {"discovery": documents[::2], "test": documents[1::2]}
+    secondary = list(sinks.secondary)
+    tokens = Counter(sink.token for sink in secondary)
+    named = ", ".join(f"{token!r} {count}" for token, count in tokens.most_common(10))
+    parts = [
+        f"## {name}: writers",
+        f"{len(sinks.primary)} primary and {len(secondary)} secondary sinks in {len(trace.tokens)} chunks; "
+        f"{len({s.sequence for s in secondary})} chunks hold a secondary one. Their tokens: {named}"
+        + (f", and {len(tokens) - 10} others." if len(tokens) > 10 else "."),
+    ]
+    for kind in ("primary", "secondary"):
+        writers = trace.by_component(kind).drop(columns=["d_margin", "proven"])
+        parts.append(f"Writers by share of {kind} sinks (a bridged life has several phases):\n\n{table(writers)}")
+    erasers = Counter(component_name(c) for one in trace.traced if one.kind == "secondary" for c in one.erasers())
+    phases = sum(one.kind == "secondary" for one in trace.traced)
+    named = ", ".join(f"{c} in {n}" for c, n in erasers.most_common(6))
+    parts.append(f"Erasers of the {phases} phases of secondary sinks: {named or 'none'}.")
+    causal_path = store / f"{name}-causal.safetensors"
+    proof = sl.SinkTrace.load(causal_path) if causal_path.is_file() else None
+    if proof is not None:
+        parts.append(causes(proof))
+    verdicts: list[tuple[str, sl.Verdict]] = []
+    for function in (sl.writer_alignment, sl.norm_and_mass, sl.sink_levels):
+        verdicts += tried(function, {"all": trace, **{half: trace.part(d) for half, d in halves.items()}})
+    if proof is not None:
+        verdicts += [("one per document", sl.norm_and_mass(proof))]
+        verdicts += tried(sl.primary_weakening, {"all": proof})
+    parts.append(f"### {name}: the claims about secondary sinks")
+    parts.append(claims(verdicts))
+    subspace = store / f"{name}-subspace-numbers.csv"
+    if subspace.is_file():
+        parts.append(
+            "The writer's input subspace (claim 5; fitted on one half, judged on the other):\n\n"
+            + table(quantities(pd.read_csv(subspace)))
+        )
+        details = pd.read_csv(store / f"{name}-subspace-details.csv").head(8)
+        parts.append("Its principal components, alone and with either sign:\n\n" + table(details))
+    readers = sl.reading_heads(sl.SinkScores.load(store / f"{name}-scores.safetensors"), sinks, permutations=4999)
+    strong = readers[readers.beta >= 0.1]
+    by_layer = ", ".join(f"{layer}: {share:.2f}" for layer, share in readers.groupby("layer").reads.mean().items())
+    parts.append(
+        f"Heads that read secondary sinks more than tokens drawn in their place: {readers.reads.mean():.3f} of the "
+        f"{len(readers)} (layer, head) pairs in layers where any is alive (false discovery rate 0.05, 4999 "
+        f"permutations); {int(strong.reads.sum())} of them pay 0.1 or more. By layer: {by_layer}."
+    )
+    for piece, words in (("planted", planted), ("neurons-writers", neuron_words), ("long", long_words)):
+        path = store / f"{name}-{piece}.csv"
+        if path.is_file():
+            parts.append(words(path))
+    return parts
+
+
+def tried(function: Any, traces: dict[str, sl.SinkTrace]) -> list[tuple[str, sl.Verdict]]:
+    """A claim on several parts of the documents; left out where there is nothing to test."""
+    found = []
+    for words, trace in traces.items():
+        try:
+            found.append((words, function(trace)))
+        except sl.BadInputError:
+            continue
+    return found
+
+
+def claims(verdicts: list[tuple[str, sl.Verdict]]) -> str:
+    """One row per claim, part of the documents and quantity."""
+    lines = ["| claim | documents | verdict | quantity | mean | n |", "|---|---|---|---|---|---|"]
+    words = {True: "holds", False: "does not hold", None: "not decided"}
+    for part, verdict in verdicts:
+        for row in verdict.numbers.to_dict("records"):
+            if row["mean"] == row["mean"]:
+                start = f"| {verdict.claim} | {part} | {words[verdict.holds]} "
+                lines.append(f"{start}| {row['quantity']} | {between(row)} | {row['n']} |")
+    rules = {verdict.claim: f"{verdict.statement}; holds if {verdict.rule}" for _, verdict in verdicts}
+    return "\n".join([*(f"- {claim}: {rule}." for claim, rule in rules.items()), "", *lines])
+
+
+def quantities(numbers: pd.DataFrame) -> pd.DataFrame:
+    """A verdict's numbers with their intervals in one cell."""
+    rows = numbers.to_dict("records")
+    return pd.DataFrame([{"quantity": r["quantity"], "mean": between(r), "n": r["n"]} for r in rows])
+
+
+def causes(trace: sl.SinkTrace) -> str:
+    """What replacing each component at a secondary sink does, and its controls."""
+    table_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in trace.effects().to_dict("records"):
+        if row["replacement"].startswith("x "):
+            continue
+        name = component_name((row["component"], row["layer"])) if "random" not in row["at"] else "-"
+        table_of.setdefault((name, row["at"]), []).append(row)
+    rows = []
+    for (name, at), group in table_of.items():
+        if len(group) >= 3:
+            documents = [trace.tokens.documents[r["sequence"]] for r in group]
+            row: dict[str, Any] = {"component": name, "replaced at": at, "sinks": len(group)}
+            for key in ("d_margin", "d_alpha", "d_life"):
+                row[key] = between(quantity(key, [float(r[key]) for r in group], documents))
+            rows.append(row)
+    writers = trace.writers()
+    proven = [p is True for p in writers.proven.tolist()]
+    fall = [f <= -1 for f in writers.d_margin.tolist()]
+    return (
+        f"Replacing what a component adds at the sink by its mean over tokens of the same id that are no sink "
+        f"({len(writers)} phases with a writer; the margin falls by 1 nat or more in {sum(fall)}, and with both "
+        f"controls below 0.1 nat in {sum(proven)}):\n\n{table(pd.DataFrame(rows))}"
+    )
+
+
+def planted(path: Path) -> str:
+    """Sufficiency."""
+    frame = pd.read_csv(path)
+    rows = []
+    for (writer, added), group in frame.groupby(["writer", "added"]):
+        rows.append(
+            {"writer": writer, "added": added, "n": len(group), "alpha": float(group.alpha.mean())}
+            | {"change": float(group.d_alpha.mean()), "d_margin": float(group.d_margin.mean())}
+        )
+    return "What the writer adds, added at an ordinary token of the same text:\n\n" + table(pd.DataFrame(rows))
+
+
+def neuron_words(path: Path) -> str:
+    """How few neurons carry a writer."""
+    writers = pd.read_csv(path)
+    listed = pd.read_csv(str(path).replace("writers", "neurons"))
+    feeds = pd.read_csv(str(path).replace("writers", "feeds"))
+    ablations = pd.read_csv(str(path).replace("writers", "ablations"))
+    rows = []
+    for (kind, writer), group in writers.groupby(["kind", "writer"]):
+        mine = listed[(listed.kind == kind) & (listed.writer == writer) & (listed.share > 0.1)]
+        named = ", ".join(f"{n} in {c}" for n, c in Counter(mine.neuron.tolist()).most_common(4))
+        own = ablations[(ablations.kind == kind) & (ablations.writer == writer) & (ablations.k == 5)]
+        falls = {which: float(own[own.neurons == which].d_margin.mean()) for which in ("top", "random")}
+        fed = feeds[(feeds.kind == kind) & (feeds.writer == writer)]
+        fed = fed.groupby(["matrix", "component"]).difference.mean()
+        fed = fed.loc[fed.abs().sort_values(ascending=False).index][:4]
+        told = ", ".join(f"{component} ({matrix}) {value:+.2f}" for (matrix, component), value in fed.items())
+        rows.append(
+            {"kind": kind, "writer": writer, "phases": len(group), "neurons for 90 %": group.neurons_for_90.median()}
+            | {"of": int(group.neurons.iloc[0]), "above 10 %": named, "d_margin, top 5": falls["top"]}
+            | {"random 5": falls["random"], "what tells them (difference to the same id elsewhere)": told}
+        )
+    return "Neurons of the writers (one sink of each kind per document):\n\n" + table(pd.DataFrame(rows))
+
+
+def long_words(path: Path) -> str:
+    """Secondary sinks in long texts."""
+    frame = pd.read_csv(path)
+    rows = []
+    for length, group in frame.groupby("length"):
+        secondary = group[group.kind == "secondary"]
+        row: dict[str, Any] = {"tokens": length, "texts": LONG_TEXTS, "primary": int((group.kind == "primary").sum())}
+        row |= {"secondary": len(secondary), "per 1000 tokens": 1000 * len(secondary) / (int(str(length)) * LONG_TEXTS)}
+        for n in range(4):
+            here = (secondary.position * 4 // int(str(length))) == n
+            row[f"quarter {n + 1}"] = int(here.sum())
+        row["last at"] = int(secondary.position.max()) if len(secondary) else "-"
+        rows.append(row | {"mass": float(secondary.mass.mean())})
+    return "Long texts (flash backend), by the quarter in which a secondary sink stands:\n\n" + table(
+        pd.DataFrame(rows)
+    )
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run")
-    one.add_argument("model", choices=MODELS)
-    one.add_argument("store", type=Path)
-    one.add_argument("--only", nargs="*", default=[])
-    two = commands.add_parser("write")
-    two.add_argument("store", type=Path)
-    given = parser.parse_args()
-    given.store.mkdir(parents=True, exist_ok=True)
-    if given.command == "run":
-        run(given.model, given.store, given.only)
+    command_line(__doc__, MODELS, PIECES, run, write)

@@ -99,6 +99,11 @@ def writer_subspace(
     first, test = (_inputs(model, trace, half, mlp, progress) for half in (fitted, tested))
     if not len(first.others):
         raise BadInputError("every token of these ids is a sink, so there is nothing to compare inputs with")
+    return _judged(mlp, first, test, sizes, n_random, seed)
+
+
+def _judged(mlp: _Mlp, first: _Inputs, test: _Inputs, sizes: tuple[int, ...], n_random: int, seed: int) -> Verdict:
+    """Components of the first half's inputs, judged on the other half's."""
     centre = first.others.mean(0)
     centred = first.sinks - centre
     _, spread, axes = torch.linalg.svd(centred, full_matrices=False)
@@ -124,7 +129,7 @@ def writer_subspace(
     known = row["low"] == row["low"]
     return Verdict(
         "subspace",
-        f"few input directions are what MLP {layer} maps onto the sink direction",
+        f"few input directions are what MLP {mlp.layer} maps onto the sink direction",
         every([above(row, CARRIED), row["low"] > noise_row["high"] if known else None]),
         pd.DataFrame(numbers),
         details.assign(component=[component_name(("PC", n + 1)) for n in range(len(details))]),

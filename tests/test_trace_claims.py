@@ -12,12 +12,13 @@ import pytest
 import torch
 from architectures import build_pair, random_rows
 from scipy.stats import spearmanr
-from test_trace import ERASES_X, LAYERS, LENGTH, WRITES_X, WRITES_Y, X, planted_writers, texts
+from test_trace import ERASES_X, LAYERS, LENGTH, SIZE, WRITES_X, X, planted_writers, texts
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.secondary_claims import _clusters
 from sinklens.statistics import rank_correlation
+from sinklens.subspace import _carried, _Inputs, _judged, _Mlp
 from sinklens.trace_rows import Row, run_rows
 from sinklens.verdicts import every, quantity
 
@@ -43,7 +44,8 @@ def test_rank_correlation_is_spearman_and_ignores_what_differs_between_groups() 
     y = x + draw.normal(size=60)
     documents = [i // 3 for i in range(60)]
     whole, low, high = rank_correlation(x.tolist(), y.tolist(), [0] * 60, documents)
-    assert whole == pytest.approx(float(spearmanr(x, y)[0]), abs=1e-12)
+    reference: Any = spearmanr(x, y)
+    assert whole == pytest.approx(float(reference[0]), abs=1e-12)
     assert low < whole < high
     groups = [i % 2 for i in range(60)]
     shifted = [v + 100 * g for v, g in zip(y.tolist(), groups, strict=True)]
@@ -144,26 +146,48 @@ def test_levels_join_neighbours_and_count_them(trace: sl.SinkTrace) -> None:
         sl.sink_levels(trace, kind="undetermined")
 
 
-def test_one_direction_of_the_input_carries_a_planted_writer(model: TransformerBridge) -> None:
-    ids = texts(DOCUMENTS)
-    ids[::3, 95] = X  # too late to be a sink: the tokens of its id that inputs are compared with
-    ids[1::2, 40] = X
-    found = sl.find_sinks(model, ids)
-    trace = sl.trace_sinks(model, ids, found, causal=False, progress=False)
-    shown = sl.writer_subspace(model, trace, progress=False, n_random=3)
-    assert "PC 1" in set(shown.details.component)
-    assert shown.number("components for 90 %")["n"] > 0
-    empty = trace.part([])
+def test_one_direction_of_the_input_carries_a_planted_writer(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+    """The planted MLP reads one direction: the sinks' inputs differ along it, and along another that it ignores."""
+    owners = [one for one in trace.traced if one.kind == "secondary"]
+    draw = torch.Generator().manual_seed(0)
+    reads = model.blocks[WRITES_X].mlp.W_in.detach()[:, 5]
+    ignored = torch.linalg.qr(torch.stack([reads, torch.randn(SIZE, generator=draw)], 1))[0][:, 1]
+    reads = reads / reads.norm()
+
+    def inputs(chosen: list[Any]) -> _Inputs:
+        amounts = torch.rand(len(chosen), 2, generator=draw) + torch.tensor([6.0, 2.0])
+        sinks = amounts[:, :1] * reads + amounts[:, 1:] * ignored
+        return _Inputs(sinks, chosen, 0.01 * torch.randn(40, SIZE, generator=draw))
+
+    first, test = inputs(owners[::2]), inputs(owners[1::2])
+    verdict = _judged(_Mlp(model, WRITES_X), first, test, (1, 2, 4), 3, 0)
+    assert 0.8 < verdict.number("carried by 1")["mean"] < 1.1  # the first component leans on the ignored direction
+    assert verdict.number("carried by 2")["mean"] == pytest.approx(1, abs=0.01)
+    assert verdict.number("carried by 2 random")["mean"] < 0.5
+    row = verdict.details.to_dict("records")[0]
+    assert max(row["sink_plus_cosine"], row["sink_minus_cosine"]) > 0.99
+    assert verdict.details.sinks.sum() == pytest.approx(1, abs=1e-3)
+    mlp, ours, u = _Mlp(model, WRITES_X), test.sinks[0], owners[1].direction
+    centre = first.others.mean(0)
+    axis = torch.linalg.svd(first.sinks - centre)[2][0]
+    reduced = centre + ((ours - centre) @ axis) * axis
+    base = mlp(centre[None])[0]
+    naive = float((mlp(reduced[None])[0] - base) @ u / ((mlp(ours[None])[0] - base) @ u))
+    assert _carried(mlp, test, centre, axis[None])[0] == pytest.approx(naive, rel=1e-4)
+
+
+def test_the_subspace_needs_writers_enough_sinks_and_others(model: TransformerBridge, trace: sl.SinkTrace) -> None:
     with pytest.raises(sl.BadInputError, match="no MLP writes"):
-        sl.writer_subspace(model, empty)
+        sl.writer_subspace(model, trace.part([]))
     with pytest.raises(sl.BadInputError, match="are needed"):
         sl.writer_subspace(model, trace.part([0, 1]))
+    with pytest.raises(sl.BadInputError, match="every token of these ids is a sink"):
+        sl.writer_subspace(model, trace, progress=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "neox"])
 def test_an_mlp_runs_by_itself_on_given_inputs(name: str) -> None:
     from sinklens.running import collect
-    from sinklens.subspace import _Mlp
 
     _, model = build_pair(name)
     mlp = _Mlp(model, 1)
@@ -273,4 +297,3 @@ def test_an_untrained_model_has_no_writer() -> None:
     _, model = build_pair("llama")
     trace = sl.trace_sinks(model, torch.stack(random_rows((100, 100))), progress=False)
     assert len(trace.writers()) == 0
-    assert WRITES_Y == 0
