@@ -48,7 +48,7 @@ def circuit(
     for layer, head, weight in _readers(trace, phases, scores)[:most_readers]:
         name = f"head {layer}.{head}"
         graph.add_node(name, kind="head", layer=layer)
-        graph.add_edge(token, name, role="is read by", weight=weight)
+        graph.add_edge(token, name, role="is read by", **({} if weight is None else {"weight": weight}))
     return graph
 
 
@@ -81,19 +81,20 @@ def _neurons(
                 )
 
 
-def _readers(trace: SinkTrace, phases: list[Traced], scores: SinkScores | None) -> list[tuple[int, int, float]]:
-    """(layer, head, far importance) of the heads that use the sink, largest first."""
+def _readers(trace: SinkTrace, phases: list[Traced], scores: SinkScores | None) -> list[tuple[int, int, float | None]]:
+    """(layer, head, far importance where it is known) of the heads that use the sink, largest first."""
     one = phases[0]
     if scores is None:
-        return [(layer, head, float("nan")) for layer, head in trace.sinks[one.sink].heads]
+        return [(layer, head, None) for layer, head in trace.sinks[one.sink].heads]
     if scores.tokens.digest != trace.tokens.digest:
         raise BadInputError("scores must be of the traced tokens")
-    found = []
+    found: list[tuple[int, int, float]] = []
     for phase in phases:
         for layer in range(phase.phase.onset, phase.phase.end + 1):
             betas = scores.beta[one.sequence, layer, :, one.position].tolist()
             found += [(layer, head, beta) for head, beta in enumerate(betas) if beta == beta]
-    return sorted(found, key=lambda reader: -reader[2])
+    found.sort(key=lambda reader: -reader[2])
+    return [*found]
 
 
 def layout(graph: nx.DiGraph) -> dict[Any, tuple[float, float]]:

@@ -40,23 +40,31 @@ def trace(
     kind: Annotated[str, typer.Option(help="Which found sinks: all, primary or secondary.")] = "all",
     causal: Annotated[bool, typer.Option(help="Prove writers by replacing what they write.")] = True,
     plant: Annotated[bool, typer.Option("--plant", help="Also add writers' outputs at ordinary tokens.")] = False,
+    neurons: Annotated[bool, typer.Option("--neurons", help="Also split the writers into their neurons.")] = False,
+    doses: Annotated[
+        str | None, typer.Option(help="Also rescale the writers' outputs at the sink, such as 0,0.5,2.")
+    ] = None,
+    most: Annotated[int | None, typer.Option(help="Prove at most so many sinks per kind and sequence.")] = None,
     seed: SeedOption = 0,
     out: OutOption = None,
 ) -> None:
     """Trace sinks to the layers that write and erase them."""
     import sinklens as sl
+    from sinklens.sinks import from_scores
 
     if kind not in KINDS:
         raise BadInputError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    factors = _factors(doses)
     check_out(out)
     source = source_of(text, corpus, Context.natural)
     loaded = sl.load_model(model)
     tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sl.SinklensWarning)
-        found = sl.find_sinks(loaded, tokens)
+        scores = sl.sink_scores(loaded, tokens)
+        found = from_scores(scores)
     chosen = found if kind == "all" else found.where(kind=kind)
-    result = sl.trace_sinks(loaded, tokens, chosen, causal=causal, seed=seed)
+    result = sl.trace_sinks(loaded, tokens, chosen, causal=causal, doses=factors, most_proven=most, seed=seed)
     if not result.traced:
         stdout.print("no sink to trace; " + plain(" ".join(found.notes)), highlight=False)
         return
@@ -69,8 +77,20 @@ def trace(
             numbers = (f"{row['alpha']:.3f}", f"{row['d_alpha']:+.3f}")
             table.add_row(str(row["sink"]), row["writer"], plain(at), row["added"], *numbers)
         stdout.print(table)
+    split = sl.writer_neurons(loaded, result, seed=seed) if neurons else None
+    for row in split.writers.to_dict("records") if split is not None else []:
+        count = f"{row['neurons_for_90']} of {row['neurons']} neurons carry 90 % of {row['writer']}"
+        stdout.print(f"{row['sequence']}:{row['position']}: {count}", highlight=False)
     if out is not None:
-        say_written(sl.write_trace(result, out, planted=planted, command=["sinklens", *sys.argv[1:]]))
+        command = ["sinklens", *sys.argv[1:]]
+        say_written(sl.write_trace(result, out, planted=planted, neurons=split, scores=scores, command=command))
+
+
+def _factors(doses: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in doses.split(",")) if doses else ()
+    except ValueError:
+        raise BadInputError(f"--doses takes numbers between commas, such as 0,0.5,2; got {doses!r}") from None
 
 
 def show(result: Any) -> None:

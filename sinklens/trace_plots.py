@@ -92,7 +92,7 @@ def dose_curves(trace: SinkTrace, kind: str | None = None) -> go.Figure:
         )  # fmt: skip
     figure.update_xaxes(title="factor on what the writer adds at the sink")
     title = (
-        f"What the writer adds, rescaled: {sinks} {kind or ''} phase(s) of sinks<br><sup>thin: each; thick: mean</sup>"
+        f"What the writer adds, rescaled: {sinks} phase(s) of {kind + ' ' if kind else ''}sinks<br><sup>thin: each; thick: mean</sup>"
     )
     return themed(figure, title, height=420)
 
@@ -133,19 +133,20 @@ def circuit_figure(graph: nx.DiGraph) -> go.Figure:
     colours = {"token": ACCENT, "component": BLUE, "neuron": "#009e73", "head": "#cc79a7"}
     largest: dict[str, float] = {}
     for _, _, data in graph.edges(data=True):
-        size = abs(data["weight"])
-        largest[data["role"]] = max(largest.get(data["role"], 0.0), size if size == size else 0.0)
+        largest[data["role"]] = max(largest.get(data["role"], 0.0), abs(data.get("weight", 0.0)))
     figure = go.Figure()
     for a, b, data in graph.edges(data=True):
         (x0, y0), (x1, y1) = places[a], places[b]
-        share = abs(data["weight"]) / largest[data["role"]] if largest[data["role"]] else 1.0
+        weight = data.get("weight", 0.0)
+        share = abs(weight) / largest[data["role"]] if largest[data["role"]] else 0.0
+        words = f"{a} {data['role']} {b}" + (f": {weight:.3g}" if "weight" in data else "")
         figure.add_scatter(
             x=[x0, x1], y=[y0, y1], mode="lines", showlegend=False, hoverinfo="skip",
-            line={"width": 1 + 5 * share, "color": "#c1121f" if data["weight"] < 0 else MUTED},
+            line={"width": 1 + 5 * share, "color": "#c1121f" if weight < 0 else MUTED},
         )  # fmt: skip
         figure.add_scatter(
             x=[(x0 + x1) / 2], y=[(y0 + y1) / 2], mode="markers", marker={"size": 12, "opacity": 0}, showlegend=False,
-            hovertext=escape_hover(f"{a} {data['role']} {b}: {data['weight']:.3g}"), hoverinfo="text",
+            hovertext=escape_hover(words), hoverinfo="text",
         )  # fmt: skip
     for kind, colour in colours.items():
         nodes = [n for n in graph.nodes if graph.nodes[n]["kind"] == kind]
