@@ -91,9 +91,8 @@ def dose_curves(trace: SinkTrace, kind: str | None = None) -> go.Figure:
             hovertemplate="x %{x}: %{y:.3f}<extra></extra>", row=1, col=column,
         )  # fmt: skip
     figure.update_xaxes(title="factor on what the writer adds at the sink")
-    title = (
-        f"What the writer adds, rescaled: {sinks} phase(s) of {kind + ' ' if kind else ''}sinks<br><sup>thin: each; thick: mean</sup>"
-    )
+    which = f"{kind} sinks" if kind else "sinks"
+    title = f"What the writer adds, rescaled: {sinks} phase(s) of {which}<br><sup>thin: each; thick: mean</sup>"
     return themed(figure, title, height=420)
 
 
