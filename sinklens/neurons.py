@@ -43,7 +43,8 @@ class Neurons:
     Attributes:
         neurons: one row per (phase, writer, neuron), the largest contributions first: ``activation`` at the sink,
             its mean over ordinary tokens and over tokens of the same id that are no sink, ``contribution`` along u,
-            ``share`` of the writer's, ``cumulative``.
+            ``share`` of the writer's, ``cumulative``; ``in_cosine`` and ``gate_cosine``: of the neuron's input
+            weights with what sets the MLP's input at the sink apart from that at the tokens it is compared with.
         writers: one row per (phase, writer): how many neurons carry 90 % of its contribution, of how many; the bias's
             part; ``other_signs``: the sum of all contributions against it, as a share.
         ablations: the k largest neurons set to their mean over ordinary tokens at the sink, and as many random ones:
@@ -143,13 +144,14 @@ def writer_neurons(
             whole = float(amounts.sum()) + bias
             typical = layer.activations[no_sink].mean(0)
             alike = layer.activations[same].mean(0) if bool(same.any()) else torch.full_like(typical, torch.nan)
+            triggers = layer.triggers()
             running = amounts[order].cumsum(0)
             carried = (running >= CARRY * whole).nonzero().flatten()
             for rank, f in enumerate(order[:shown].tolist()):
                 row = {"neuron": f, "activation": float(layer.activations[one.position, f])}
                 row |= {"ordinary": float(typical[f]), "same_id": float(alike[f]), "contribution": float(amounts[f])}
                 row |= {"share": float(amounts[f]) / whole, "cumulative": float(running[rank]) / whole}
-                tables["neurons"].append(label | row)
+                tables["neurons"].append(label | row | {name: float(cosines[f]) for name, cosines in triggers.items()})
             tables["writers"].append(
                 label
                 | {"contribution": whole, "neurons_for_90": int(carried[0]) + 1 if len(carried) else len(order)}
@@ -269,6 +271,17 @@ class _Layer:
         amounts = self.activations[self.position] * (self.weight @ back)
         rest = float(post.bias.expand_as(u) @ u)
         return amounts.double().cpu(), rest + (0.0 if self.bias is None else float(self.bias @ back))
+
+    def triggers(self) -> dict[str, Float[Tensor, " neuron"]]:
+        """Cosine of every neuron's input weights with the MLP's input at the sink minus its mean elsewhere."""
+        x = self.seen["mlp.hook_in"]
+        apart = x[self.at[0]] - x[self.at[1:]].mean(0)
+        weights = {"in_cosine": self.mlp.W_in, "gate_cosine": self.mlp.W_gate}
+        return {
+            name: torch.cosine_similarity(w.detach().to(apart), apart[:, None], dim=0)
+            for name, w in weights.items()
+            if w is not None
+        }
 
     def _post(self) -> FrozenNorm:
         if "ln2_post.hook_in" not in self.seen:

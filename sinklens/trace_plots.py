@@ -24,14 +24,21 @@ MUTED = "#9aa5b1"
 
 
 def contribution_bars(trace: SinkTrace, sink: int | None = None) -> go.Figure:
-    """Writer and eraser bars over depth with the running sum; one row of bars per phase of the sink's life."""
+    """Writer and eraser bars over depth with the running sum, for each phase of a life; above them the sink's mass."""
     if not trace.traced:
         raise BadInputError("this trace is empty: the map held no sink")
     number = trace.traced[0].sink if sink is None else sink
     phases = [one for one in trace.traced if one.sink == number]
     if not phases:
         raise BadInputError(f"no sink {number} in this trace; there are {sorted({t.sink for t in trace.traced})}")
-    figure = go.Figure()
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.25, 0.75], vertical_spacing=0.05)
+    masses = trace.sinks[number].masses
+    attention = [c for c in phases[0].components if c[0] == "attn"]
+    figure.add_scatter(
+        x=[component_name(c) for c in attention], y=[masses[layer] for _, layer in attention], mode="lines+markers",
+        name="mass", line={"color": INK}, marker={"size": 5}, hovertemplate="%{x}: mass %{y:.3f}<extra></extra>",
+        row=1, col=1,
+    )  # fmt: skip
     for one, colour in zip(phases, (ACCENT, BLUE, "#009e73", "#cc79a7"), strict=False):
         names = [component_name(c) for c in one.components]
         shares = (one.contributions / one.projection).tolist()
@@ -43,6 +50,8 @@ def contribution_bars(trace: SinkTrace, sink: int | None = None) -> go.Figure:
             marker_color=colour,
             customdata=one.contributions.tolist(),
             hovertemplate="%{x}: %{y:.3f} of the stream's part along u (%{customdata:.1f})<extra></extra>",
+            row=2,
+            col=1,
         )
         running = (one.contributions.cumsum(0) / one.projection).tolist()
         figure.add_scatter(
@@ -52,17 +61,22 @@ def contribution_bars(trace: SinkTrace, sink: int | None = None) -> go.Figure:
             name=f"running sum, {words}",
             line={"color": colour, "dash": "dot"},
             hovertemplate="after %{x}: %{y:.3f}<extra></extra>",
+            row=2,
+            col=1,
         )
-    figure.add_hline(0, line={"color": INK, "width": 1})
-    figure.update_xaxes(title="component, in the order of writing", tickangle=-90, tickfont={"size": 9}, dtick=1)
-    figure.update_yaxes(title="share of <x_ref, u>")
-    figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.32, "x": 0})
+    figure.add_hline(0, line={"color": INK, "width": 1}, row=2, col=1)  # type: ignore[arg-type]
+    order = [component_name(c) for c in phases[0].components]
+    figure.update_xaxes(categoryorder="array", categoryarray=order, tickangle=-90, tickfont={"size": 9}, dtick=1)
+    figure.update_xaxes(title="component, in the order of writing", row=2, col=1)
+    figure.update_yaxes(title="mass", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title="share of <x_ref, u>", row=2, col=1)
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.24, "x": 0})
     one = phases[0]
     title = (
         f"Who writes and erases {escape_hover(repr(one.token))} at position {one.position} ({one.kind})<br><sup>u: the "
-        f"primary's direction in other sequences; each phase at its own reference layer</sup>"
+        f"primary's direction in other sequences; each phase at its reference layer; above: mass by layer</sup>"
     )
-    return themed(figure, title, height=500)
+    return themed(figure, title, height=620)
 
 
 def dose_curves(trace: SinkTrace, kind: str | None = None) -> go.Figure:

@@ -18,8 +18,9 @@ from transformer_lens.model_bridge import TransformerBridge
 import sinklens as sl
 from sinklens.secondary_claims import _clusters
 from sinklens.statistics import rank_correlation
+from sinklens.stream_parts import stream_parts
 from sinklens.subspace import _carried, _Inputs, _judged, _Mlp
-from sinklens.trace_rows import Row, run_rows
+from sinklens.trace_rows import Row, check_writing, run_rows
 from sinklens.verdicts import every, quantity
 
 DOCUMENTS = 18
@@ -297,3 +298,39 @@ def test_an_untrained_model_has_no_writer() -> None:
     _, model = build_pair("llama")
     trace = sl.trace_sinks(model, torch.stack(random_rows((100, 100))), progress=False)
     assert len(trace.writers()) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "gemma2", "gemma3", "neox", "phi3", "falcon", "olmo2", "opt", "mixtral"]
+)
+def test_what_components_add_sums_to_the_stream_and_can_be_replaced(name: str) -> None:
+    """Post-norms inside the block (Gemma, OLMo 2) and parallel blocks included; an edit arrives as it is."""
+    _, model = build_pair(name)
+    ids = torch.stack(random_rows((30,)))
+    no_sink = torch.ones(30, dtype=torch.bool)
+    parts = stream_parts(model, ids, [0, 7], no_sink)
+    assert parts.summed
+    assert torch.allclose(parts.added.sum(0), parts.states[-1], atol=1e-4)
+    kept: list[torch.Tensor] = []
+    hooks: Any = [(f"blocks.{model.cfg.n_layers - 1}.hook_out", lambda t, hook: kept.append(t.detach().view(30, -1)))]
+    model.run_with_hooks(ids, fwd_hooks=hooks)
+    assert torch.allclose(parts.states[-1], kept[0][[0, 7]], atol=1e-5)
+    for component in (("mlp", 0), ("attn", 1)):
+        check_writing(model, ids, component, 7)
+
+
+def test_norms_on_the_stream_are_refused_in_words() -> None:
+    _, model = build_pair("bert")
+    with pytest.raises((sl.UnsupportedModelError, sl.BadInputError), match="norm"):
+        check_writing(model, torch.stack(random_rows((30,))), ("mlp", 0), 7)
+
+
+def test_what_triggers_a_planted_neuron_is_its_tokens_embedding(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+    found = sl.writer_neurons(model, trace.part([0]), top=(1,), n_random=1, progress=False)
+    row = next(r for r in found.to_dataframe().to_dict("records") if r["kind"] == "secondary" and r["neuron"] == 5)
+    assert row["in_cosine"] > 0.6
+    assert row["in_cosine"] > 2 * max(
+        abs(r["in_cosine"]) for r in found.to_dataframe().to_dict("records") if r["neuron"] not in (2, 5)
+    )
+    figure = trace.plot()
+    assert [t.name for t in figure.data][0] == "mass"  # type: ignore[union-attr]
