@@ -124,18 +124,7 @@ def by_layer(
     layers = [n for n in range(capabilities(model).n_layers) if places.acts_in(n)]
     if EMBEDDING in metrics or delegates(model):
         return _by_forwards(model, tokens, places, metrics, layers, most_scored, seed, progress)
-    values: dict[str, list[Tensor]] = {m: [] for m in metrics}
-    keys: tuple[Any, ...] = ()
-    for cell in CELLS:
-        sweep = sweep_ablation(
-            model, tokens, places, cell, over="layer", most_scored=most_scored, seed=seed, progress=progress
-        )
-        keys = sweep.keys
-        for m in metrics:
-            values[m].append(sweep.metrics[m])
-    stacked = {m: torch.stack(v) for m, v in values.items()}
-    together = _together(model, tokens, places, metrics, most_scored, seed)
-    return _square("layer", keys, stacked, together, None, tokens, places)
+    return _by_sweeps("layer", model, tokens, places, metrics, most_scored, seed, progress)
 
 
 def by_head(
@@ -159,7 +148,7 @@ def by_head(
     if EMBEDDING in metrics or delegates(model):
         return _by_forwards(model, short, places, metrics, keys, most_scored, seed, progress)
     if exact is None:
-        return _heads_by_sweep(model, short, places, metrics, most_scored, seed, progress)
+        return _by_sweeps("head", model, short, places, metrics, most_scored, seed, progress)
     values = {m: torch.full((len(CELLS), len(keys), len(short)), math.nan, dtype=torch.float64) for m in metrics}
     cells = [ablate_sinks(model, places, cell) for cell in CELLS]
     rows = [b for b in range(len(short)) if _edited(places, short, b)]
@@ -202,7 +191,8 @@ def shortened(tokens: Tokens, places: Places) -> tuple[Tokens, Places]:
     return short, kept
 
 
-def _heads_by_sweep(
+def _by_sweeps(
+    scope: str,
     model: TransformerBridge,
     tokens: Tokens,
     places: Places,
@@ -211,16 +201,16 @@ def _heads_by_sweep(
     seed: int,
     progress: bool | None,
 ) -> TwoByTwo:
+    """Every key exactly, one sweep per cell."""
+    over = {"layer": "layer", "head": "layer-head"}[scope]
     sweeps = [
-        sweep_ablation(
-            model, tokens, places, cell, over="layer-head", most_scored=most_scored, seed=seed, progress=progress
-        )
+        sweep_ablation(model, tokens, places, cell, over=over, most_scored=most_scored, seed=seed, progress=progress)
         for cell in CELLS
     ]
     values = {m: torch.stack([s.metrics[m] for s in sweeps]) for m in metrics}
     keys: tuple[Any, ...] = sweeps[0].keys
     together = _together(model, tokens, places, metrics, most_scored, seed)
-    return _square("head", keys, values, together, None, tokens, places)
+    return _square(scope, keys, values, together, None, tokens, places)
 
 
 def _by_forwards(

@@ -12,6 +12,7 @@ from test_cli import run
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
+from sinklens.models import untrained_twin
 
 pytestmark = pytest.mark.real
 
@@ -71,17 +72,38 @@ def test_smollm2_planting_mlp_2_makes_a_sink(smollm2: TransformerBridge, text_a:
     assert abs(by[46, "random"]) < 0.1
 
 
+def test_an_untrained_twin_has_no_writer(smollm2: TransformerBridge, text_a: str) -> None:
+    ids = sl.load_tokens(smollm2, [text_a]).ids
+    trace = sl.trace_sinks(untrained_twin(smollm2), ids, progress=False)
+    assert len(trace.writers()) == 0
+    assert len(trace.to_dataframe()) == 0
+
+
 def test_command_line_names_the_writer_and_writes_the_page(tmp_path: Path, text_a: str) -> None:
     out, texts = tmp_path / "out", tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in (text_a, text_a + " Again.")))
-    arguments = ["trace", "--text", str(texts), "--kind", "secondary", "--plant", "--out", str(out)]
+    arguments = ["trace", "--text", str(texts), "--kind", "secondary", "--plant", "--neurons", "--out", str(out)]
+    arguments += ["--doses", "0,2", "--most", "1"]
     code, shown = run(*arguments)
     assert code == 0, shown
     assert "0:10" in shown
     assert "mlp 2" in shown
     assert "mlp 9 erases" in shown
-    names = {"trace.html", "writers.csv", "erasers.csv", "contributions.csv", "effects.csv", "planted.csv"}
+    assert "2 of 1536 neurons carry 90 % of mlp 2" in shown
+    names = {
+        "trace.html",
+        "writers.csv",
+        "erasers.csv",
+        "contributions.csv",
+        "effects.csv",
+        "planted.csv",
+        "claims.csv",
+    }
+    names |= {"neurons.csv", "circuit.json"}
     assert {p.name for p in out.iterdir()} == names | {"trace.safetensors", "manifest.json"}
+    graph = json.loads((out / "circuit.json").read_text())
+    assert {"mlp 2 neuron 90", "mlp 2"} <= {node["id"] for node in graph["nodes"]}
+    assert all(edge["weight"] == edge["weight"] for edge in graph["edges"])
     assert (out / "trace.html").read_text().count("plotly.js v") == 1
     writers = pd.read_csv(out / "writers.csv")
     assert set(writers.writer) == {"mlp 2"}
