@@ -204,16 +204,23 @@ def tried(function: Any, traces: dict[str, sl.SinkTrace]) -> list[tuple[str, sl.
 
 
 def claims(verdicts: list[tuple[str, sl.Verdict]]) -> str:
-    """One row per claim, part of the documents and quantity."""
-    lines = ["| claim | documents | verdict | quantity | mean | n |", "|---|---|---|---|---|---|"]
-    words = {True: "holds", False: "does not hold", None: "not decided"}
+    """What each claim comes to, and its numbers in all documents and in both halves."""
+    words = {True: "holds", False: "does not hold", None: "is not decided"}
+    lines = []
+    for claim in dict.fromkeys(verdict.claim for _, verdict in verdicts):
+        mine = [(part, verdict) for part, verdict in verdicts if verdict.claim == claim]
+        told = ", ".join(f"{words[verdict.holds]} ({part})" for part, verdict in mine)
+        lines.append(f"- **{claim}**: {mine[0][1].statement}: {told}. Rule: {mine[0][1].rule}.")
+    parts = list(dict.fromkeys(part for part, _ in verdicts))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for part, verdict in verdicts:
         for row in verdict.numbers.to_dict("records"):
             if row["mean"] == row["mean"]:
-                start = f"| {verdict.claim} | {part} | {words[verdict.holds]} "
-                lines.append(f"{start}| {row['quantity']} | {between(row)} | {row['n']} |")
-    rules = {verdict.claim: f"{verdict.statement}; holds if {verdict.rule}" for _, verdict in verdicts}
-    return "\n".join([*(f"- {claim}: {rule}." for claim, rule in rules.items()), "", *lines])
+                cells.setdefault((verdict.claim, row["quantity"]), {})[part] = f"{between(row)} (n {row['n']})"
+    lines += ["", "| claim | quantity | " + " | ".join(parts) + " |", "|---|---|" + "---|" * len(parts)]
+    for (claim, name), row in cells.items():
+        lines.append(f"| {claim} | {name} | " + " | ".join(row.get(part, "-") for part in parts) + " |")
+    return "\n".join(lines)
 
 
 def quantities(numbers: pd.DataFrame) -> pd.DataFrame:
@@ -235,16 +242,19 @@ def causes(trace: sl.SinkTrace) -> str:
         if len(group) >= 3:
             documents = [trace.tokens.documents[r["sequence"]] for r in group]
             row: dict[str, Any] = {"component": name, "replaced at": at, "sinks": len(group)}
-            for key in ("d_margin", "d_alpha", "d_life"):
+            for key in ("d_margin", "d_alpha", "d_life", "d_margin_after"):
                 row[key] = between(quantity(key, [float(r[key]) for r in group], documents))
             rows.append(row)
-    writers = trace.writers()
+    writers = trace.writers().dropna(subset=["d_margin"])
     proven = [p is True for p in writers.proven.tolist()]
     fall = [f <= -1 for f in writers.d_margin.tolist()]
     return (
         f"Replacing what a component adds at the sink by its mean over tokens of the same id that are no sink "
-        f"({len(writers)} phases with a writer; the margin falls by 1 nat or more in {sum(fall)}, and with both "
-        f"controls below 0.1 nat in {sum(proven)}):\n\n{table(pd.DataFrame(rows))}"
+        f"({len(writers)} phases; the margin falls by 1 nat or more in {sum(fall)}, and with both "
+        f"controls below 0.1 nat in {sum(proven)}). `d_margin`: in the layers of the phase behind the component, "
+        f"`d_margin_after`: in the three behind the phase, where an eraser shows. Components before the writer hardly "
+        f"write along u themselves; what they move is their total effect, nearly all of it through the writer's "
+        f"neurons (below):\n\n{table(pd.DataFrame(rows))}"
     )
 
 

@@ -196,7 +196,8 @@ def sink_levels(sinks: SinkMap | SinkTrace, *, kind: str = "secondary") -> Verdi
     Holds if levels cover 90 % of the sinks and there are at most 6 of them, the most that was published for one model.
     """
     tokens = sinks.tokens
-    mine: list[Sink] = [s for s in sinks.sinks if s.kind == kind]
+    traced = set(range(len(sinks.sinks))) if isinstance(sinks, SinkMap) else {one.sink for one in sinks.traced}
+    mine: list[Sink] = [s for n, s in enumerate(sinks.sinks) if s.kind == kind and n in traced]
     if not mine:
         raise BadInputError(f"there is no {kind} sink, so there are no levels")
     counts = Counter((s.onset, s.lifetime) for s in mine)

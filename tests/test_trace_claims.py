@@ -143,6 +143,7 @@ def test_levels_join_neighbours_and_count_them(trace: sl.SinkTrace) -> None:
     assert found.number("same level, same token")["mean"] == 1
     assert found.holds is True
     assert found.details.to_dict("records")[0]["lifetime"] == ERASES_X - WRITES_X
+    assert sl.sink_levels(trace.part([0, 1])).number("covered")["n"] == 3  # two in the first document
     with pytest.raises(sl.BadInputError, match="no levels"):
         sl.sink_levels(trace, kind="undetermined")
 
