@@ -171,7 +171,12 @@ def write(store: Path) -> None:
         for scope in ("layers", "heads"):
             path = store / f"{name}-{scope}.safetensors"
             if path.is_file():
-                parts += [f"### {name}: {scope} one by one", one_by_one(sl.SinkDecomposition.load(path))]
+                found = sl.SinkDecomposition.load(path)
+                parts += [f"### {name}: {scope} one by one", one_by_one(found)]
+                if scope == "heads" and "loss" in found.effects["head"].values:
+                    image = Path("images") / f"plane-{name}.png"
+                    found.plot("plane").write_image(Path(__file__).parent / image, width=900, height=560)
+                    parts.append(f"![Mass part against value part of every head of {name}]({image})")
     put(MARKS[1], parts)
 
 
