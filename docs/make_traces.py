@@ -166,9 +166,7 @@ def model_parts(name: str, store: Path) -> list[str]:
         verdicts += tried(function, {"all": trace, **{half: trace.part(d) for half, d in halves.items()}})
     if proof is not None:
         verdicts += [("one per document", sl.norm_and_mass(proof))]
-        verdicts += tried(
-            sl.primary_weakening, {"all": proof, **{half: proof.part(d) for half, d in halves.items()}}
-        )
+        verdicts += tried(sl.primary_weakening, {"all": proof, **{half: proof.part(d) for half, d in halves.items()}})
     parts.append(f"### {name}: the claims about secondary sinks")
     parts.append(claims(verdicts))
     subspace = store / f"{name}-subspace-numbers.csv"

@@ -75,11 +75,12 @@ class Partition:
         return self._softmax(self.rest, "R")
 
     def _softmax(self, keys: Bool[Tensor, "batch #head #query key"], side: str) -> Tensor:
-        scores = self.scores.masked_fill(~keys, -math.inf)
+        visible = keys.any(-1, keepdim=True)  # rows without keys are never edited, but their gradient must not be NaN
+        scores = self.scores.masked_fill(~keys & visible, -math.inf)
         learned = self._learned(side)
         if learned is not None:
             scores = torch.cat([scores, learned.expand(*scores.shape[:-1], 1)], -1)
-        found = scores.softmax(-1)  # NaN in rows without keys, which are never edited
+        found = scores.softmax(-1)
         return found if learned is None else found[..., :-1]
 
     @cached_property

@@ -77,7 +77,7 @@ class Seen:
 
     def keep(self, what: str, tensor: Float[Tensor, "batch pos kv_head d_head"], fresh: bool) -> None:
         """Hold this call's keys or values; a fresh forward forgets what was kept of an earlier one."""
-        self._current[what] = tensor.detach()
+        self._current[what] = tensor
         if fresh:
             self._kept[what] = {}
 
@@ -232,14 +232,14 @@ def _layer_hooks(
 
     def keep_queries(tensor: Tensor, hook: Any) -> None:
         if running(model) is None:
-            seen.queries = grouped_by_head(tensor, facts.n_heads, heads_first).transpose(1, 2).detach()
+            seen.queries = grouped_by_head(tensor, facts.n_heads, heads_first).transpose(1, 2)
 
     def keep_keys(tensor: Tensor, hook: Any) -> None:
         if running(model) is None:
             seen.keep("key", grouped_by_head(tensor, facts.n_kv_heads, heads_first), not forward.past)
 
     def keep_scores(tensor: Tensor, hook: Any) -> None:
-        seen.raw_scores = tensor.detach() if not tensor.requires_grad else tensor
+        seen.raw_scores = tensor
 
     def edit_pattern(tensor: Tensor, hook: Any) -> Tensor:
         forward.visit(hook.name)
