@@ -30,7 +30,7 @@ COVER = 0.9
 
 
 def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
-    """Claim 1: ``cos(out_writer, u)`` at the sink against tokens of the same id that are no sink.
+    """Claim 1: ``cos(out, u)`` at the sink of the MLP with the largest share, against the same id where it is no sink.
 
     Holds if the mean cosine's interval lies above 0.5 and that of its difference to the same id's above 0.
     """
@@ -39,7 +39,12 @@ def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
         at = one.components.index(writer)
         rows.append(
             _label(one)
-            | {"writer": component_name(writer), "cosine": float(one.cosines[at]), "norm": float(one.norms[at])}
+            | {
+                "writer": component_name(writer),
+                "share": one.share(writer),
+                "cosine": float(one.cosines[at]),
+                "norm": float(one.norms[at]),
+            }
             | {"same_id_cosine": float(one.same_cosines[at]), "same_id_norm": float(one.same_norms[at])}
             | {"difference": float(one.cosines[at] - one.same_cosines[at]), "same_id": one.same}
         )
@@ -50,7 +55,8 @@ def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
         _mean(rows, "difference"),
         _mean(rows, "norm"),
         _mean(rows, "same_id_norm"),
-        quantity("share of writers above 0.9", [float(r["cosine"] > 0.9) for r in rows], _documents(rows)),
+        _mean(rows, "share"),
+        quantity("cosines above 0.9", [float(r["cosine"] > 0.9) for r in rows], _documents(rows)),
     ]
     holds = every([above(numbers[0], ALIGNED), above(numbers[2], 0.0)])
     return Verdict(
@@ -64,9 +70,9 @@ def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
 
 
 def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
-    """Claim 2: the norm of what the main writer adds, against the sink's mass and lifetime.
+    """Claim 2: the norm of what the MLP with the largest share adds, against the sink's mass and lifetime.
 
-    Spearman's correlations within the writing layer over sinks (whoever is no sink is not seen, which narrows the
+    Spearman's correlations within that layer over sinks (whoever is no sink is not seen, which narrows the
     range and weakens them), for the norm and for ``rho = <x, u> / |x - <x, u> u|``; and, where the trace was made with
     ``doses``, mass and life with the writer's output rescaled, which is the causal answer. RMSNorm makes keys
     scale-free, so both saturate: ``saturation`` is ``(alpha(x 2) - alpha(x 1)) / (alpha(x 1) - alpha(x 0.5))``.
@@ -74,11 +80,7 @@ def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
     Holds if all intervals of the norm's correlations lie above 0.
     """
     rows = []
-    for one in _of_kind(trace, kind):
-        writers = one.writers()
-        if not writers:
-            continue
-        writer = max(writers, key=one.share)
+    for one, writer in _written(trace, kind):
         masses = trace.sinks[one.sink].masses[one.phase.onset : one.phase.end + 1]
         rows.append(
             _label(one)
@@ -96,7 +98,7 @@ def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
             )
             number = {"quantity": f"Spearman of {cause} and {effect}", "mean": mean, "low": low, "high": high}
             numbers.append(number | {"n": len(rows), "documents": len(set(_documents(rows)))})
-    holds = every([above(number, 0.0) for number in numbers[:2]]) if rows else None
+    holds = every([above(number, 0.0) for number in numbers[:2]])
     by_dose = dose_table(trace, kind)
     for effect in ("alpha", "life", "margin"):
         for dose in dict.fromkeys(r["dose"] for r in by_dose):
@@ -259,7 +261,12 @@ def _of_kind(trace: SinkTrace, kind: str | None) -> list[Traced]:
 
 
 def _written(trace: SinkTrace, kind: str) -> list[tuple[Traced, Any]]:
-    found = [(one, writer) for one in _of_kind(trace, kind) for writer in one.writers() if writer[0] == "mlp"]
+    """Every phase with the MLP that has the largest share in it, a writer or not."""
+    found = []
+    for one in _of_kind(trace, kind):
+        mlps = [(share, component) for component, share in one.shares() if component[0] == "mlp"]
+        if mlps and max(mlps)[0] > 0:
+            found.append((one, max(mlps)[1]))
     if not found:
         raise BadInputError(f"no MLP writes a {kind} sink in this trace")
     return found

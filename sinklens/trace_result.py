@@ -279,6 +279,24 @@ class SinkTrace:
         columns = pd.Index(["writer", "phases", "share", "low", "high", "d_margin", "proven"])
         return pd.DataFrame(rows, columns=columns).sort_values("phases", ascending=False, ignore_index=True)
 
+    def shares(self, kind: str | None = None) -> pd.DataFrame:
+        """One row per component: its mean share before the reference layer over all phases of a kind, writer or not,
+        with a 95 % interval over documents; the largest first. Says whether writing is one layer's or spread over many.
+        """
+        chosen = [one for one in self.traced if kind is None or one.kind == kind]
+        by: dict[Component, list[tuple[float, int]]] = {}
+        for one in chosen:
+            for component, share in one.shares():
+                by.setdefault(component, []).append((share, one.document))
+        rows = []
+        for component, entries in by.items():
+            values = torch.tensor([share for share, _ in entries])
+            low, high = interval(values, [document for _, document in entries]) or (math.nan, math.nan)
+            row: dict[str, Any] = {"component": component_name(component), "share": float(values.mean())}
+            rows.append(row | {"low": low, "high": high, "phases": len(entries)})
+        columns = pd.Index(["component", "share", "low", "high", "phases"])
+        return pd.DataFrame(rows, columns=columns).sort_values("share", ascending=False, ignore_index=True)
+
     def plot(self, sink: int | None = None) -> Figure:
         """Contributions of every component over depth with their running sum: the first sink, or the one numbered."""
         from sinklens.trace_plots import contribution_bars

@@ -87,6 +87,14 @@ def test_tokens_of_the_same_id_that_are_no_sink_are_compared(model: TransformerB
     assert {"cosine", "same_id_norm"} <= set(row)
 
 
+def test_mean_shares_sum_to_one(trace: sl.SinkTrace) -> None:
+    table = trace.shares("secondary")
+    assert table.component.tolist()[0] == f"mlp {WRITES_X}"
+    assert table.share.sum() == pytest.approx(1, abs=1e-4)
+    assert table.low.tolist()[0] - 1e-6 <= table.share.tolist()[0] <= table.high.tolist()[0] + 1e-6
+    assert len(trace.shares("undetermined")) == 0
+
+
 def test_doses_of_the_norm_move_mass_and_life(trace: sl.SinkTrace) -> None:
     found = sl.norm_and_mass(trace)
     assert all(name in set(found.numbers.quantity) for name in ("Spearman of norm and mass", "alpha at dose 0.5"))
