@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sinklens.hooks import Hooks
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
+    from sinklens.mixing import Mixing, measure_mixing
     from sinklens.models import load_model
     from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
@@ -68,6 +69,7 @@ _HOMES = {
     "Experiment": "outcome",
     "Flash": "flash_backend",
     "Hooks": "hooks",
+    "Mixing": "mixing",
     "Neurons": "neurons",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
@@ -98,6 +100,7 @@ _HOMES = {
     "flash": "flash_backend",
     "load_model": "models",
     "load_tokens": "tokens",
+    "measure_mixing": "mixing",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
     "plant_sinks": "planting",
@@ -132,6 +135,7 @@ __all__ = [
     "Experiment",
     "Flash",
     "Hooks",
+    "Mixing",
     "Neurons",
     "Sink",
     "SinkDecomposition",
@@ -162,6 +166,7 @@ __all__ = [
     "flash",
     "load_model",
     "load_tokens",
+    "measure_mixing",
     "norm_and_mass",
     "patch_bos",
     "plant_sinks",

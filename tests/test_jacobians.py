@@ -1,0 +1,131 @@
+"""Jacobian norms against autograd's dense Jacobian, differences, and simulated probes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import build, build_pair, random_rows
+
+import sinklens as sl
+from sinklens.jacobians import (
+    Stream,
+    chi_square_interval,
+    exact_block,
+    probed_squares,
+    probed_squares_reverse,
+    probes,
+    spectral_norm,
+)
+
+LENGTH = 7
+
+
+def dense(stream: Stream) -> torch.Tensor:
+    """[layer, i, out, j, in], by reverse mode."""
+    return torch.autograd.functional.jacobian(stream, stream.start, vectorize=True)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma3", "neox", "phi3", "falcon", "bert", "opt", "olmo2"])
+def test_blocks_and_probed_norms_are_those_of_the_dense_jacobian(name: str) -> None:
+    _, model = build_pair(name)
+    ids = torch.stack(random_rows((LENGTH,)))
+    stream = Stream(model, ids)
+    whole = dense(stream)
+    scale = float(whole.abs().max())
+    assert (exact_block(stream, 2) - whole[:, :, :, 2]).abs().max() < 1e-5 * scale
+    squares = probed_squares(stream, [0, 2], count=3, chunk=2)
+    for n, j in enumerate((0, 2)):
+        naive = torch.einsum("lioe,pe->plio", whole[:, :, :, j], probes(j, 3, whole.shape[-1])).square().sum(-1)
+        assert (squares[..., n] - naive).abs().max() < 1e-4 * float(naive.max())
+    top = torch.linalg.matrix_norm(whole[1, 5, :, 2], 2)
+    assert spectral_norm(stream, 1, 5, 2, steps=300, tolerance=1e-9) == pytest.approx(float(top), rel=1e-3)
+    if sl.capabilities(model).causal:
+        assert float(squares[:, :, :2, 1].abs().max()) == 0.0  # nothing before a token depends on it
+
+
+@pytest.mark.parametrize("mode", ["renormalize", "zero", "mean_value"])
+def test_edited_models_have_the_jacobian_of_the_edited_model(mode: str) -> None:
+    model = sl.load_model(build("gpt2").double())
+    ids = torch.stack(random_rows((LENGTH,)))
+    options: dict[str, Any] = {"reference": torch.stack(random_rows((20, 20)))} if mode == "mean_value" else {}
+    hooks = sl.ablate_sinks(model, [0], mode, **options)
+    stream = Stream(model, ids, hooks)
+    block = exact_block(stream, 3)
+    eps = 1e-4
+    for out in (0, 7):
+        tangent = torch.zeros_like(stream.start)
+        tangent[3, out] = eps
+        with torch.no_grad():
+            central = (stream(stream.start + tangent) - stream(stream.start - tangent)) / (2 * eps)
+        assert (block[..., out] - central).abs().max() < 1e-3
+    assert (exact_block(Stream(model, ids), 3) - block).abs().max() > 1e-2
+
+
+def test_reverse_and_forward_routes_estimate_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = build_pair("llama")
+    stream = Stream(model, torch.stack(random_rows((LENGTH,))))
+    forward = probed_squares(stream, list(range(LENGTH)), count=400, chunk=200).mean(0)
+    reverse = probed_squares_reverse(stream, [1], [4, 6], count=400).mean(0)
+    exact = dense(stream).square().sum((2, 4))
+    for n, i in enumerate((4, 6)):
+        assert torch.allclose(reverse[0, n], exact[1, i].double(), rtol=0.25)
+        assert torch.allclose(forward[1, i], exact[1, i].double(), rtol=0.25)
+
+
+def test_hosts_without_forward_mode_are_named_and_go_backwards() -> None:
+    _, model = build_pair("gpt-oss")
+    stream = Stream(model, torch.stack(random_rows((LENGTH,))))
+    with pytest.raises(sl.UnsupportedModelError, match="reverse"):
+        probed_squares(stream, [1], count=1)
+    w = torch.eye(stream.start.shape[1])
+    block = stream.pulled(1, 5, w)[:, 2]
+    eps = 1e-2
+    tangent = torch.zeros_like(stream.start)
+    tangent[2, 4] = eps
+    with torch.no_grad():
+        central = (stream(stream.start + tangent) - stream(stream.start - tangent))[1, 5] / (2 * eps)
+    assert (block[:, 4] - central).abs().max() < 0.05 * float(block.abs().max())
+
+
+def test_frozen_attention_is_linear_in_the_values() -> None:
+    _, model = build_pair("llama")
+    ids = torch.stack(random_rows((LENGTH,)))
+    live, frozen = (Stream(model, ids, frozen_attention=f) for f in (False, True))
+    assert torch.allclose(live.outputs, frozen.outputs, atol=1e-5)
+    assert (exact_block(live, 2) - exact_block(frozen, 2)).abs().max() > 1e-2
+    shown: list[torch.Tensor] = []
+    model.run_with_hooks(
+        ids, fwd_hooks=[*frozen.hooks, ("blocks.1.attn.hook_pattern", lambda t, hook: shown.append(t.detach()))]
+    )
+    moved = frozen.start + torch.randn(frozen.start.shape, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    last: Any = ("blocks.1.attn.hook_pattern", lambda t, hook: seen.append(t.detach()))
+    frozen.hooks.append(last)
+    with torch.no_grad():
+        frozen(moved)
+    assert torch.equal(seen[0], shown[0])
+    with pytest.raises(sl.UnsupportedModelError, match="frozen"):
+        Stream(build_pair("opt")[1], ids, frozen_attention=True)
+    with pytest.raises(sl.BadInputError, match="out of range"):
+        Stream(model, ids, layer=9)
+
+
+def test_later_layers_can_be_the_input() -> None:
+    _, model = build_pair("gpt2")
+    stream = Stream(model, torch.stack(random_rows((LENGTH,))), layer=1)
+    assert stream.outputs.shape[0] == model.cfg.n_layers - 1
+    whole = dense(stream)
+    assert (exact_block(stream, 4) - whole[:, :, :, 4]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 4, 32])
+def test_intervals_cover_at_their_rate(rank: int) -> None:
+    """2000 simulated maps of known stable rank, 16 probes each."""
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.ones(rank, dtype=torch.float64)
+    squares = (torch.randn(16, 2000, rank, generator=draw, dtype=torch.float64).square() * weights).sum(-1)
+    low, high = chi_square_interval(squares)
+    covered = ((low <= rank) & (rank <= high)).double().mean()
+    assert 0.93 <= float(covered) <= 0.98
