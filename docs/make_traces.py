@@ -31,6 +31,7 @@ CHUNKS, LENGTH = 64, 512
 DOSES = (0.0, 0.5, 2.0, 4.0)
 LONG = (2048, 4096, 8192)
 LONG_TEXTS = 4
+SPLIT = 16
 PIECES = ("trace", "causal", "neurons", "subspace", "planted", "long")
 
 
@@ -90,10 +91,11 @@ def causal(model: TransformerBridge, tokens: sl.Tokens, sinks: sl.SinkMap) -> sl
 
 
 def neurons(model: TransformerBridge, trace: sl.SinkTrace, stem: Path) -> None:
-    """Neurons of one secondary and one primary sink per document."""
+    """Neurons of one secondary and one primary sink with a writer of each of 16 documents."""
     kept: dict[tuple[int, str], int] = {}
     for one in trace.traced:
-        kept.setdefault((one.document, one.kind), one.sink)
+        if one.writers() and sum(kind == one.kind for _, kind in kept) < SPLIT:
+            kept.setdefault((one.document, one.kind), one.sink)
     traced = tuple(one for one in trace.traced if one.sink in kept.values())
     part = sl.SinkTrace(traced, (), trace.sinks, trace.tokens, (), (), trace.info)
     found = sl.writer_neurons(model, part, top=(1, 5), n_random=1, shown=5, fed=2)
@@ -298,7 +300,8 @@ def neuron_words(path: Path) -> str:
             | {"of": int(group.neurons.iloc[0]), "above 10 %": named, "d_margin, top 5": falls["top"]}
             | {"random 5": falls["random"], "what tells them (difference to the same id elsewhere)": told}
         )
-    return "Neurons of the writers (one sink of each kind per document):\n\n" + table(pd.DataFrame(rows))
+    words = f"Neurons of the writers (one sink of each kind in each of {SPLIT} documents):\n\n"
+    return words + table(pd.DataFrame(rows))
 
 
 def long_words(path: Path) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import original
+from sinklens.attention import block_output, original
 from sinklens.components import Component, Contributions, component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -195,7 +195,7 @@ def _ablate(
             delta[chosen] = change[chosen]
             rows.append(Row(component, (one.position,), delta[None], f"blocks.{component[1]}.mlp.out.hook_in"))
             labels.append((k, name))
-    seen = run_rows(model, ids, rows, [one.position], no_sink)
+    seen = run_rows(model, ids, rows, [one.position], no_sink, last=one.phase.end)
     inside = slice(max(one.phase.onset, component[1] + 1), one.phase.end + 1)
     margin, alpha = (values[:, 0, inside].nanmean(-1) for values in (seen.margin, seen.alpha))
     found = []
@@ -252,7 +252,7 @@ class _Layer:
 
         hooks = [(self.prefix + n, keep(n)) for n in names if has_hook(model, self.prefix + n)]
         hooks += stream_hooks(model, length, self.contributions, before, after)
-        run_blocks(model, ids, hooks)
+        run_blocks(model, ids, hooks, until=block_output(layer))
         self.seen = seen
         self.activations = seen["mlp.out.hook_in"]
         self.weight: Float[Tensor, "neuron d_model"] = self.mlp.W_out.detach().to(self.activations)

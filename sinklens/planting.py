@@ -53,6 +53,7 @@ def plant_sinks(
         raise BadInputError("this trace names no writer, so there is nothing to plant")
     draw = torch.Generator().manual_seed(seed)
     rows = []
+    checked: set[str] = set()
     with progress_bar("planting sinks", len(trace.traced), progress) as advance:
         for one in trace.traced:
             ids = trace.tokens[one.sequence].trim().ids.to(model.cfg.device)
@@ -65,12 +66,14 @@ def plant_sinks(
                     continue
                 chosen = _chosen(positions, no_sink, n_positions, draw)
                 parts = stream_parts(model, ids, [one.position, *chosen], no_sink)
-                check_writing(model, ids, component, one.position)
+                if component[0] not in checked:
+                    check_writing(model, ids, component, one.position)
+                    checked.add(component[0])
                 vector = parts.added[parts.components.index(component), 0]
                 for n, p in enumerate(chosen):
                     added = _vectors(vector, n_random, draw)
                     batch = [Row(None), *(Row(component, (p,), v[None]) for _, v in added)]
-                    seen = run_rows(model, ids, batch, [p], no_sink)
+                    seen = run_rows(model, ids, batch, [p], no_sink, last=one.phase.end)
                     inside = slice(max(one.phase.onset, component[1] + 1), one.phase.end + 1)
                     for what in PLANTED:
                         mine = [r + 1 for r, (name, _) in enumerate(added) if name == what]
