@@ -25,6 +25,7 @@ KINDS = ("primary", "secondary")
 SCORED = 128
 DOCUMENTS = 24
 FEW = 16
+FEW_SCORED = {"gemma3-270m": 32}  # predictions where layers and heads are taken one by one: its vocabulary is 262,144
 NUMBERS = (
     "margin", "gap", "log_rest", "peakedness", "distance", "key_side", "query_distance", "query_specific", "norm",
     "angle", "covariance", "bq_content", "content_bk", "bq_bk", "k_norm", "k_norm_rest", "cosine", "cosine_rest",
@@ -45,13 +46,14 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         holding = [b for b in range(len(tokens)) if any(s.sequence == b for s in sinks.where(kind=kind))][:most]
         chosen = tokens[holding]
         own = sl.find_sinks(model, chosen).where(kind=kind)
-        return sl.decompose_sinks(model, chosen, own, most_scored=SCORED, **options)
+        return sl.decompose_sinks(model, chosen, own, **{"most_scored": SCORED, **options})
 
     pieces: dict[str, Any] = {
         kind: lambda kind=kind: piece_of(kind, DOCUMENTS) for kind in KINDS if len(sinks.where(kind=kind))
     }
-    pieces["heads"] = lambda: piece_of("primary", FEW, layers=[0], effects=("head",))
-    pieces["layers"] = lambda: piece_of("primary", FEW, layers=[0], effects=("layer",))
+    for scope in ("head", "layer"):
+        options: dict[str, Any] = {"layers": [0], "effects": (scope,), "most_scored": FEW_SCORED.get(name, SCORED)}
+        pieces[f"{scope}s"] = lambda options=options: piece_of("primary", FEW, **options)
     for piece, make in pieces.items():
         path = store / f"{name}-{piece}.safetensors"
         if (not wanted or piece in wanted) and not path.is_file():
@@ -147,7 +149,7 @@ def write(store: Path) -> None:
         f"Written by `python docs/make_decompositions.py` on {date.today()}, sinklens {sl.__version__}. The first 512 "
         "tokens of documents of `python-docs` of at least 256 tokens: all of them for primary sinks of decoders, the "
         f"first {DOCUMENTS} that hold a sink of the kind otherwise; at most {SCORED} predictions per document are "
-        f"scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens). Numbers are means "
+        f"scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens; Gemma: 32 predictions). Numbers are means "
         "over the queries at least 16 tokens away, heads and layers of each sink's life, then over sinks; intervals: "
         "95 % BCa over documents. Parts of the loss are Shapley values: negative, the model is better for having it. "
         "The models are 4-bit GGUF weights, dequantised (MiniLM: safetensors).",
