@@ -149,7 +149,8 @@ def write(store: Path) -> None:
         f"Written by `python docs/make_decompositions.py` on {date.today()}, sinklens {sl.__version__}. The first 512 "
         "tokens of documents of `python-docs` of at least 256 tokens: all of them for primary sinks of decoders, the "
         f"first {DOCUMENTS} that hold a sink of the kind otherwise; at most {SCORED} predictions per document are "
-        f"scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens; Gemma: 32 predictions). Numbers are means "
+        f"scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens; Gemma: 32 predictions). "
+        "Numbers are means "
         "over the queries at least 16 tokens away, heads and layers of each sink's life, then over sinks; intervals: "
         "95 % BCa over documents. Parts of the loss are Shapley values: negative, the model is better for having it. "
         "The models are 4-bit GGUF weights, dequantised (MiniLM: safetensors).",
