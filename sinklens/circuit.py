@@ -26,12 +26,7 @@ def circuit(
     most_readers: int = 8,
 ) -> nx.DiGraph:
     """See :meth:`sinklens.SinkTrace.circuit`."""
-    if not trace.traced:
-        raise BadInputError("this trace is empty: the map held no sink")
-    number = trace.traced[0].sink if sink is None else sink
-    phases = [one for one in trace.traced if one.sink == number]
-    if not phases:
-        raise BadInputError(f"no sink {number} in this trace; there are {sorted({t.sink for t in trace.traced})}")
+    phases = trace.phases(sink)
     one = phases[0]
     graph = nx.DiGraph(model=trace.info.get("model", ""), sequence=one.sequence, position=one.position, kind=one.kind)
     token = f"{one.position} {one.token!r}"

@@ -25,14 +25,9 @@ MUTED = "#9aa5b1"
 
 def contribution_bars(trace: SinkTrace, sink: int | None = None) -> go.Figure:
     """Writer and eraser bars over depth with the running sum, for each phase of a life; above them the sink's mass."""
-    if not trace.traced:
-        raise BadInputError("this trace is empty: the map held no sink")
-    number = trace.traced[0].sink if sink is None else sink
-    phases = [one for one in trace.traced if one.sink == number]
-    if not phases:
-        raise BadInputError(f"no sink {number} in this trace; there are {sorted({t.sink for t in trace.traced})}")
+    phases = trace.phases(sink)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.25, 0.75], vertical_spacing=0.05)
-    masses = trace.sinks[number].masses
+    masses = trace.sinks[phases[0].sink].masses
     attention = [c for c in phases[0].components if c[0] == "attn"]
     figure.add_scatter(
         x=[component_name(c) for c in attention], y=[masses[layer] for _, layer in attention], mode="lines+markers",

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens.components import Component, component_name
+from sinklens.errors import BadInputError
 from sinklens.results import load_tensors, save_tensors
 from sinklens.sinkmap import Sink
 from sinklens.statistics import interval
@@ -302,6 +303,20 @@ class SinkTrace:
         from sinklens.trace_plots import contribution_bars
 
         return contribution_bars(self, sink)
+
+    def phases(self, sink: int | None = None) -> list[Traced]:
+        """The phases of one sink: the first, or the one numbered.
+
+        Raises:
+            BadInputError: an empty trace, or a number that it does not hold.
+        """
+        if not self.traced:
+            raise BadInputError("this trace is empty: the map held no sink")
+        number = self.traced[0].sink if sink is None else sink
+        found = [one for one in self.traced if one.sink == number]
+        if not found:
+            raise BadInputError(f"no sink {number} in this trace; there are {sorted({t.sink for t in self.traced})}")
+        return found
 
     def part(self, documents: Iterable[int]) -> SinkTrace:
         """The trace of some documents only, such as one half of them: find a rule in one, test it in the other."""
