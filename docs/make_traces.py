@@ -29,8 +29,7 @@ from sinklens.verdicts import quantity
 MODELS = ("smollm2-135m", "gemma3-270m")
 CHUNKS, LENGTH = 64, 512
 DOSES = (0.0, 0.5, 2.0, 4.0)
-LONG = (2048, 4096, 8192)
-LONG_TEXTS = 4
+LONG = {2048: 4, 4096: 4, 8192: 3}  # tokens, texts: python-docs holds no more of the longest
 SPLIT = 16
 PIECES = ("trace", "causal", "neurons", "subspace", "planted", "long")
 
@@ -112,8 +111,8 @@ def keep(verdict: sl.Verdict, stem: Path) -> None:
 def long_texts(model: TransformerBridge) -> pd.DataFrame:
     """Secondary sinks of long texts, by where they stand."""
     rows = []
-    for length in LONG:
-        tokens = sl.load_tokens(model, "python-docs", n_seqs=LONG_TEXTS, seq_len=length)
+    for length, texts in LONG.items():
+        tokens = sl.load_tokens(model, "python-docs", n_seqs=texts, seq_len=length)
         for sink in sl.find_sinks(model, tokens):
             rows.append(
                 {"length": length, "sequence": sink.sequence, "position": sink.position, "token": sink.token}
@@ -310,8 +309,9 @@ def long_words(path: Path) -> str:
     rows = []
     for length, group in frame.groupby("length"):
         secondary = group[group.kind == "secondary"]
-        row: dict[str, Any] = {"tokens": length, "texts": LONG_TEXTS, "primary": int((group.kind == "primary").sum())}
-        row |= {"secondary": len(secondary), "per 1000 tokens": 1000 * len(secondary) / (int(str(length)) * LONG_TEXTS)}
+        texts = LONG[int(str(length))]
+        row: dict[str, Any] = {"tokens": length, "texts": texts, "primary": int((group.kind == "primary").sum())}
+        row |= {"secondary": len(secondary), "per 1000 tokens": 1000 * len(secondary) / (int(str(length)) * texts)}
         for n in range(4):
             here = (secondary.position * 4 // int(str(length))) == n
             row[f"quarter {n + 1}"] = int(here.sum())
