@@ -24,7 +24,8 @@ LENGTH = 7
 
 def dense(stream: Stream) -> torch.Tensor:
     """[layer, i, out, j, in], by reverse mode."""
-    return torch.autograd.functional.jacobian(stream, stream.start, vectorize=True)
+    found: Any = torch.autograd.functional.jacobian(stream, stream.start, vectorize=True)
+    return found
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma3", "neox", "phi3", "falcon", "bert", "opt", "olmo2"])
