@@ -3,8 +3,9 @@
     python docs/make_traces.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
     python docs/make_traces.py write STORE         # tables from all finished pieces
 
-64 chunks of 512 tokens of python-docs, two of each of 32 documents; one secondary sink per document is proven by
-replacement. Rules are taken from one half of the documents and judged on the other.
+The first 512 tokens of every document of python-docs that has at least 64; one secondary sink per document is proven by
+replacement. Rules are taken from one half of the documents and judged on the other; the halves hold equally many
+documents with a secondary sink.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sinklens.sinks import from_scores
 from sinklens.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-CHUNKS, LENGTH = 64, 512
+LENGTH, SHORTEST = 512, 64
 DOSES = (0.0, 0.5, 2.0, 4.0)
 LONG = {2048: 4, 4096: 4, 8192: 3}  # tokens, texts: python-docs holds no more of the longest
 SPLIT = 16
@@ -39,7 +40,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     warnings.simplefilter("ignore", sl.SinklensWarning)
     torch.set_num_threads(1)
     model = sl.load_model(name)
-    tokens = sl.load_tokens(model, "python-docs", n_seqs=CHUNKS, seq_len=LENGTH)
+    tokens = sl.load_tokens(model, "python-docs", seq_len=LENGTH, min_len=SHORTEST)
 
     def path(piece: str) -> Path:
         return store / f"{name}-{piece}.safetensors"
@@ -125,11 +126,11 @@ def write(store: Path) -> None:
     """Put the tables of all finished pieces into docs/findings.md, behind the decompositions."""
     parts = [
         "# Who writes sinks",
-        f"Written by `python docs/make_traces.py` on {date.today()}, sinklens {sl.__version__}. {CHUNKS} chunks of "
-        f"{LENGTH} tokens of `python-docs`, two of each of 32 documents; intervals: 95 % over documents. One secondary "
-        "sink per document was proven by replacement and rescaled; claims 1 and 2 take the MLP with the largest share. "
-        "Both halves of the documents are shown: what a rule says in one must hold in the other. The models are 4-bit "
-        "GGUF weights, dequantised.",
+        f"Written by `python docs/make_traces.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
+        f"tokens of every document of `python-docs` that has at least {SHORTEST}, one chunk each; intervals: 95 % over "
+        "documents. One secondary sink per document was proven by replacement and rescaled; claims 1 and 2 take the "
+        "MLP with the largest share. Both halves of the documents are shown (equally many with a secondary sink in "
+        "each): what a rule says in one must hold in the other. The models are 4-bit GGUF weights, dequantised.",
     ]
     for name in MODELS:
         if (store / f"{name}-trace.safetensors").is_file():
@@ -142,7 +143,9 @@ def model_parts(name: str, store: Path) -> list[str]:
     trace = sl.SinkTrace.load(store / f"{name}-trace.safetensors")
     sinks = from_scores(sl.SinkScores.load(store / f"{name}-scores.safetensors"))
     documents = sorted(set(trace.tokens.documents))
-    halves = {"discovery": documents[::2], "test": documents[1::2]}
+    holding = sorted({trace.tokens.documents[s.sequence] for s in sinks.secondary})
+    rest = [d for d in documents if d not in holding]
+    halves = {"discovery": [*holding[::2], *rest[::2]], "test": [*holding[1::2], *rest[1::2]]}
     secondary = list(sinks.secondary)
     tokens = Counter(sink.token for sink in secondary)
     named = ", ".join(f"{token!r} {count}" for token, count in tokens.most_common(10))
@@ -185,19 +188,31 @@ def model_parts(name: str, store: Path) -> list[str]:
         )
         details = pd.read_csv(store / f"{name}-subspace-details.csv").head(8)
         parts.append("Its principal components, alone and with either sign:\n\n" + table(details))
-    readers = sl.reading_heads(sl.SinkScores.load(store / f"{name}-scores.safetensors"), sinks, permutations=4999)
-    strong = readers[readers.beta >= 0.1]
-    by_layer = ", ".join(f"{layer}: {share:.2f}" for layer, share in readers.groupby("layer").reads.mean().items())
-    parts.append(
-        f"Heads that read secondary sinks more than tokens drawn in their place: {readers.reads.mean():.3f} of the "
-        f"{len(readers)} (layer, head) pairs in layers where any is alive (false discovery rate 0.05, 4999 "
-        f"permutations); {int(strong.reads.sum())} of them pay 0.1 or more. By layer: {by_layer}."
-    )
+    scores = sl.SinkScores.load(store / f"{name}-scores.safetensors")
+    parts.append(readers(scores, sinks))
     for piece, words in (("planted", planted), ("neurons-writers", neuron_words), ("long", long_words)):
         path = store / f"{name}-{piece}.csv"
         if path.is_file():
             parts.append(words(path))
     return parts
+
+
+def readers(scores: sl.SinkScores, sinks: sl.SinkMap) -> str:
+    """Which heads read secondary sinks, against both nulls."""
+    words = {"any": "tokens drawn from the same sequence", "same_id": "tokens of the same id that are no sink"}
+    lines = []
+    for null, told in words.items():
+        found = sl.reading_heads(scores, sinks, null=null, permutations=4999)
+        strong = found[found.beta >= 0.1]
+        by_layer = ", ".join(f"{layer}: {share:.2f}" for layer, share in found.groupby("layer").reads.mean().items())
+        lines.append(
+            f"- against {told}: {found.reads.mean():.3f} of the {len(found)} (layer, head) pairs in layers where any "
+            f"is alive; {int(strong.reads.sum())} of them pay 0.1 or more. By layer: {by_layer}."
+        )
+    return (
+        "Heads that read secondary sinks more than others do (false discovery rate 0.05, 4999 permutations):\n\n"
+        + "\n".join(lines)
+    )
 
 
 def tried(function: Any, traces: dict[str, sl.SinkTrace]) -> list[tuple[str, sl.Verdict]]:

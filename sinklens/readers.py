@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
@@ -20,6 +20,7 @@ def reading_heads(
     sinks: SinkMap,
     *,
     kind: str = "secondary",
+    null: str = "any",
     permutations: int = 999,
     level: float = 0.05,
     seed: int = 0,
@@ -30,7 +31,10 @@ def reading_heads(
         scores: of the same tokens, from :func:`sinklens.sink_scores`.
         sinks: the map.
         kind: which of its sinks.
-        permutations: draws of one token that is no sink, in the same sequence and layers, for every sink.
+        null: what is drawn in the place of each sink: any token of its sequence that is no sink, or a token of its id
+            that is no sink, in any sequence (the harder comparison: the same word where it is not a sink). Sinks whose
+            id is always one are left out of the latter.
+        permutations: draws of one such token, read in the same layers, for every sink.
         level: of the false discovery rate (Benjamini and Hochberg) over all heads.
         seed: of the draws.
 
@@ -44,7 +48,7 @@ def reading_heads(
     Cost: no forward.
 
     Raises:
-        BadInputError: scores of other tokens or of chosen positions only, or no such sink.
+        BadInputError: scores of other tokens or of chosen positions only, no such sink, or none with such a token.
     """
     if scores.tokens.digest != sinks.tokens.digest:
         raise BadInputError("scores and sinks must be of the same tokens")
@@ -53,37 +57,56 @@ def reading_heads(
     chosen = [s for s in sinks if s.kind == kind]
     if not chosen:
         raise BadInputError(f"there is no {kind} sink")
+    if null not in ("any", "same_id"):
+        raise BadInputError(f"null is any or same_id, got {null!r}")
     draw = torch.Generator().manual_seed(seed)
-    taken: dict[int, set[int]] = {}
-    for b, p in sinks.places or ():
-        taken.setdefault(b, set()).add(p)
+    taken = set(sinks.places or ())
+    known = ~scores.beta[:, 0, 0].isnan()
+    by_id = _places_of_ids(sinks, known, {s.token_id for s in chosen}, taken) if null == "same_id" else {}
     totals: dict[int, Float[Tensor, "draw head"]] = {}
     counts: dict[int, int] = {}
     for sink in chosen:
         b = sink.sequence
-        beta = scores.beta[b].double()
-        free = [p for p in (~beta[0, 0].isnan()).nonzero().flatten().tolist() if p not in taken[b]]
+        if null == "same_id":
+            free = by_id[sink.token_id]
+        else:
+            free = [(b, p) for p in known[b].nonzero().flatten().tolist() if (b, p) not in taken]
+            if not free:
+                raise BadInputError(
+                    f"sequence {b} has no token beside its sinks with a far importance: give longer sequences, and "
+                    f"scores of all positions"
+                )
         if not free:
-            raise BadInputError(
-                f"sequence {b} has no token beside its sinks with a far importance: give longer sequences, and scores "
-                f"of all positions"
-            )
-        index = torch.tensor(free)[torch.randint(len(free), (permutations,), generator=draw)]
-        index = torch.cat([torch.tensor([sink.position]), index])
+            continue
+        picked = torch.tensor(free)[torch.randint(len(free), (permutations,), generator=draw)]
+        rows, columns = torch.cat([torch.tensor([[b, sink.position]]), picked]).unbind(1)
         for layer in (n for first, last, _ in sink.episodes for n in range(first, last + 1)):
-            totals[layer] = totals.get(layer, 0) + beta[layer][:, index].T
+            totals[layer] = totals.get(layer, 0) + scores.beta[rows, layer, :, columns].double()
             counts[layer] = counts.get(layer, 0) + 1
-    rows = []
+    if not totals:
+        raise BadInputError("every token of these ids is a sink: there is none to draw; use null='any'")
+    found = []
     for layer in sorted(totals):
         means = totals[layer] / counts[layer]
         for head in range(means.shape[1]):
-            own, null = float(means[0, head]), means[1:, head]
-            p = (1 + int((null >= own).sum())) / (1 + permutations)
-            rows.append(
-                {"layer": layer, "head": head, "beta": own, "null": float(null.mean()), "sinks": counts[layer], "p": p}
+            own, drawn = float(means[0, head]), means[1:, head]
+            p = (1 + int((drawn >= own).sum())) / (1 + permutations)
+            found.append(
+                {"layer": layer, "head": head, "beta": own, "null": float(drawn.mean()), "sinks": counts[layer], "p": p}
             )
-    table = pd.DataFrame(rows)
-    known = [p if p == p else 1.0 for p in table.p.tolist()]
-    adjusted = false_discovery_control(known) if known else []
+    table = pd.DataFrame(found)
+    adjusted = false_discovery_control([p if p == p else 1.0 for p in table.p.tolist()])
     table["reads"] = [bool(q <= level + math.ulp(1.0)) for q in adjusted]
     return table
+
+
+def _places_of_ids(
+    sinks: SinkMap, known: Bool[Tensor, "batch pos"], ids: set[int], taken: set[tuple[int, int]]
+) -> dict[int, list[tuple[int, int]]]:
+    """Where tokens of these ids are no sink and have a far importance."""
+    found: dict[int, list[tuple[int, int]]] = {token_id: [] for token_id in ids}
+    for b, (row, seen) in enumerate(zip(sinks.tokens.ids.tolist(), known.tolist(), strict=True)):
+        for p, (token_id, usable) in enumerate(zip(row, seen, strict=True)):
+            if usable and token_id in found and (b, p) not in taken:
+                found[token_id].append((b, p))
+    return found

@@ -147,8 +147,9 @@ def primary_weakening(trace: SinkTrace) -> Verdict:
 
     ``dip``: of the primary's attention (mean over heads) and of its competitor-free margin, in the layers where a
     secondary sink is alive, against up to 3 layers of the primary's own life on either side. ``recovered``: how they
-    change in those layers when the secondary sinks are not written (outputs of their writers replaced by those of
-    tokens of the same id). Competition takes attention and leaves the margin; real weakening lowers the margin.
+    change in those layers when the secondary sinks are not written (whatever writes 5 % of them or more is replaced
+    by its mean over tokens of the same id). Competition takes attention and leaves the margin; real weakening lowers
+    the margin.
 
     Holds if the attention dips, recovers, and the margin does too; attention that recovers with an unchanged margin
     (within 0.1 nat) is competition, and the claim in its strong sense does not hold.

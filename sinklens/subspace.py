@@ -33,6 +33,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 PUBLISHED = 6  # principal components that DeepSeek-R1-Distill-Qwen-14B maps onto its direction
 CARRIED = 0.9
 FEWEST = 8  # sinks to fit on
+LEAST = 0.1  # share of a sink that the MLP writes, below which its input is not looked at
 TOLERANCE = 1e-3
 SAME_ID = 16
 
@@ -63,7 +64,8 @@ def writer_subspace(
         model: the traced model.
         trace: from :func:`sinklens.trace_sinks`; sinks of two documents at least.
         kind: of the sinks.
-        layer: the MLP; default: the one that writes most of them.
+        layer: the MLP; default: the one with the largest mean share before the reference layers. Sinks of which it
+            writes less than a tenth are left out.
         sizes: how many principal components the input is reduced to.
         n_random: draws of as many random directions; their mean is reported.
         seed: of these, and of the halves of the documents.
@@ -83,23 +85,33 @@ def writer_subspace(
         BadInputError: no MLP writes such sinks, or fewer than 8 of them in the fitted half.
         UnsupportedModelError: the host's MLP cannot be run on given inputs.
     """
-    written = [(one, c[1]) for one in trace.traced if one.kind == kind for c in one.writers() if c[0] == "mlp"]
-    if not written:
-        raise BadInputError(f"no MLP writes a {kind} sink in this trace, so there is no input to look at")
-    layers = [n for _, n in written]
-    layer = max(set(layers), key=layers.count) if layer is None else layer
-    chosen = [one for one, n in written if n == layer]
+    shares = _mlp_shares(trace, kind)
+    if layer is None:
+        if not shares or max(sum(entry.values()) for entry in shares.values()) <= 0:
+            raise BadInputError(f"no MLP writes a {kind} sink in this trace, so there is no input to look at")
+        layer = max(shares, key=lambda n: sum(shares[n].values()))
+    chosen = [one for one, share in shares.get(layer, {}).items() if share >= LEAST]
     fitted, tested = _halves(chosen, seed)
     if len(fitted) < FEWEST or not tested:
         raise BadInputError(
-            f"MLP {layer} writes {len(fitted)} {kind} sinks in the half of the documents that the components are "
-            f"fitted on; {FEWEST} are needed: trace more documents"
+            f"MLP {layer} writes a tenth or more of {len(fitted)} {kind} sinks in the half of the documents that the "
+            f"components are fitted on; {FEWEST} are needed: trace more documents"
         )
     mlp = _Mlp(model, layer)
     first, test = (_inputs(model, trace, half, mlp, progress) for half in (fitted, tested))
     if not len(first.others):
         raise BadInputError("every token of these ids is a sink, so there is nothing to compare inputs with")
     return _judged(mlp, first, test, sizes, n_random, seed)
+
+
+def _mlp_shares(trace: SinkTrace, kind: str) -> dict[int, dict[Traced, float]]:
+    """Per MLP its share of every phase before whose reference layer it writes."""
+    found: dict[int, dict[Traced, float]] = {}
+    for one in trace.traced:
+        for (name, layer), share in one.shares() if one.kind == kind else ():
+            if name == "mlp":
+                found.setdefault(layer, {})[one] = share
+    return found
 
 
 def _judged(mlp: _Mlp, first: _Inputs, test: _Inputs, sizes: tuple[int, ...], n_random: int, seed: int) -> Verdict:

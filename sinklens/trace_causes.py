@@ -18,6 +18,7 @@ from sinklens.trace_rows import Row, check_writing, run_rows
 if TYPE_CHECKING:
     from sinklens.trace import Looked
 
+PART = 0.05  # of what is written: components that are replaced together to unmake a sink
 AFTER = 3  # layers behind a phase in which an eraser's replacement is judged
 
 
@@ -52,7 +53,7 @@ class Causes:
         """Every replacement of one phase, with its effects."""
         ids = self.own.found.tokens[one.sequence].trim().ids.to(self.model.cfg.device)
         no_sink = self.own.no_sink[one.sequence]
-        writers = _writers(one)
+        writers = _writing(one, WRITER)
         erasers = one.erasers()
         rows: list[Row] = [Row(None)]
         labels: list[dict[str, Any]] = [{"component": "", "layer": -1, "at": "", "replacement": ""}]
@@ -125,14 +126,15 @@ class Causes:
     def primary(self, sequence: int, traced: Sequence[Traced]) -> dict[str, Any] | None:
         """What becomes of the primary when the secondary sinks of its sequence are not written.
 
-        The outputs of all their writers are replaced at all of them by those of tokens of the same id. None where the
-        sequence lacks a primary, a secondary or a writer of one.
+        Whatever writes at least 5 % of them is replaced at all of them by its mean over tokens of the same id; where
+        many layers write, replacing the largest alone would leave the sinks in place. None where the sequence lacks a
+        primary or a secondary.
         """
         position = self.own.found.strongest[sequence]
         secondary = [one for one in traced if one.sequence == sequence and one.kind == "secondary"]
         edits = []
         for one in secondary:
-            for component in _writers(one):
+            for component in _writing(one, PART):
                 delta = self._delta(one, one.position, one.token_id, component, "same_id")
                 edits.append(Row(component, (one.position,), delta))
         if position is None or not edits:
@@ -216,8 +218,8 @@ class Causes:
         return self._same[token_id]
 
 
-def _writers(one: Traced) -> list[Component]:
-    return [c for c, share in one.shares() if share >= WRITER and c[0] in ("attn", "mlp")]
+def _writing(one: Traced, least: float) -> list[Component]:
+    return [c for c, share in one.shares() if share >= least and c[0] in ("attn", "mlp")]
 
 
 def _rho(state: Float[Tensor, " d_model"], u: Float[Tensor, " d_model"]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,16 @@ def test_reading_heads_are_those_that_attend_and_no_others(model: TransformerBri
         sl.reading_heads(sl.sink_scores(model, texts(2)), found)
     with pytest.raises(sl.BadInputError, match="no undetermined"):
         sl.reading_heads(scores, found, kind="undetermined")
+    with pytest.raises(sl.BadInputError, match="there is none to draw"):  # this token is always a sink
+        sl.reading_heads(scores, found, null="same_id")
+    told = [s for s in found.secondary if s.sequence < 2]  # the rest is declared to be no sink
+    some = replace(found, sinks=tuple(told), places=tuple((s.sequence, s.position) for s in told))
+    same = sl.reading_heads(scores, some, null="same_id", permutations=199).to_dict("records")
+    others = [float(scores.beta[b, same[0]["layer"], same[0]["head"], 20]) for b in (2, 3)]
+    assert same[0]["null"] == pytest.approx(sum(others) / 2, rel=0.2)
+    assert max(row["null"] for row in same) > 10 * max(row["null"] for row in table.to_dict("records"))
+    with pytest.raises(sl.BadInputError, match="any or same_id"):
+        sl.reading_heads(scores, found, null="other")
 
 
 def test_the_circuit_names_neuron_writer_token_eraser_and_readers(
