@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from sinklens.hooks import Hooks
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
-    from sinklens.mixing import Mixing, measure_mixing
+    from sinklens.mixing import compare_mixing, measure_mixing
+    from sinklens.mixing_result import Mixing, MixingComparison
     from sinklens.models import load_model
     from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
@@ -56,9 +57,6 @@ if TYPE_CHECKING:
     from sinklens.verdicts import Verdict
     from sinklens.views import TokenView, attention_grid, attention_map
 
-__version__ = "0.1.0"
-
-# Where each public name lives. Loaded at first use: importing the host takes seconds, importing sinklens must not.
 _HOMES = {
     "Anatomy": "anatomy",
     "AttentionStatistics": "head_statistics",
@@ -69,7 +67,8 @@ _HOMES = {
     "Experiment": "outcome",
     "Flash": "flash_backend",
     "Hooks": "hooks",
-    "Mixing": "mixing",
+    "Mixing": "mixing_result",
+    "MixingComparison": "mixing_result",
     "Neurons": "neurons",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
@@ -95,6 +94,7 @@ _HOMES = {
     "capabilities": "proof",
     "compare_contexts": "contexts",
     "compare_methods": "sinks",
+    "compare_mixing": "mixing",
     "decompose_sinks": "decompose",
     "find_sinks": "sinks",
     "flash": "flash_backend",
@@ -136,6 +136,7 @@ __all__ = [
     "Flash",
     "Hooks",
     "Mixing",
+    "MixingComparison",
     "Neurons",
     "Sink",
     "SinkDecomposition",
@@ -161,6 +162,7 @@ __all__ = [
     "capabilities",
     "compare_contexts",
     "compare_methods",
+    "compare_mixing",
     "decompose_sinks",
     "find_sinks",
     "flash",

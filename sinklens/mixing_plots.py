@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinklens.plots import ACCENT, escape_hover, themed
+from sinklens.plots import COLOURS, band, escape_hover, themed
 
 if TYPE_CHECKING:
-    from sinklens.mixing import Mixing
+    from sinklens.mixing_result import Mixing
 
-COLOURS = (ACCENT, "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 NAMES = {
     "mix": "mix: from other tokens that are no sink",
     "via_sink": "via_sink: from the sinks",
@@ -20,31 +19,55 @@ NAMES = {
 }
 
 
-def index_curves(found: Mixing) -> go.Figure:
+def index_curves(conditions: dict[str, Mixing]) -> go.Figure:
     """One panel per index, one line per condition, a band where there are intervals."""
-    table = found.to_dataframe().to_dict("records")
+    first = next(iter(conditions.values()))
+    tables = {label: found.to_dataframe().to_dict("records") for label, found in conditions.items()}
     figure = make_subplots(rows=1, cols=3, subplot_titles=tuple(NAMES.values()), horizontal_spacing=0.07)
     for column, name in enumerate(NAMES, start=1):
-        for c, label in enumerate(found.labels):
-            rows = [row for row in table if (row["index"], row["condition"]) == (name, label)]
+        for c, (label, table) in enumerate(tables.items()):
+            rows = [row for row in table if row["index"] == name]
             colour = COLOURS[c % len(COLOURS)]
             x = [row["layer"] for row in rows]
             if rows and rows[0]["low"] == rows[0]["low"]:
-                figure.add_scatter(
-                    x=[*x, *x[::-1]], y=[*(r["high"] for r in rows), *(r["low"] for r in rows[::-1])], fill="toself",
-                    line={"width": 0}, fillcolor=colour, opacity=0.18, showlegend=False, hoverinfo="skip", row=1,
-                    col=column,
-                )  # fmt: skip
+                figure.add_trace(
+                    band(x, [r["low"] for r in rows], [r["high"] for r in rows], colour), row=1, col=column
+                )
+            shown = escape_hover(label)
             figure.add_scatter(
-                x=x, y=[row["mean"] for row in rows], mode="lines+markers", name=escape_hover(label),
-                line={"color": colour}, marker={"size": 4}, showlegend=column == 1, legendgroup=label,
-                hovertemplate="layer %{x}: %{y:.3g}<extra>" + escape_hover(label) + "</extra>", row=1, col=column,
+                x=x, y=[row["mean"] for row in rows], mode="lines+markers", name=shown, line={"color": colour},
+                marker={"size": 4}, showlegend=column == 1 and bool(label), legendgroup=label,
+                hovertemplate="layer %{x}: %{y:.3g}<extra>" + shown + "</extra>", row=1, col=column,
             )  # fmt: skip
     figure.update_xaxes(title="layer")
     figure.update_yaxes(rangemode="tozero")
     figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0})
     title = (
-        f"Mixing with and without sinks, {len(found.tokens)} sequence(s)<br><sup>"
-        f"{escape_hover(found.info['definition'])}; means over tokens that are no sink</sup>"
+        f"Mixing over depth, {len(first.tokens)} sequence(s)<br><sup>"
+        f"{escape_hover(first.info['definition'])}; means over tokens that are no sink</sup>"
     )
     return themed(figure, title, height=440)
+
+
+def sensitivity_map(found: Mixing, sequence: int, layer: int) -> go.Figure:
+    """log10 of ``|J_ij|_F``, rows i down, columns j across; sinks marked on the axis."""
+    values = found.maps[sequence][layer].double().clamp(min=0).sqrt()
+    values[values == 0] = float("nan")
+    sinks = found.sinks[sequence]
+    labels = [
+        f"{p} {escape_hover(found.tokens.labels[sequence][p])}{' (sink)' if p in sinks else ''}"
+        for p in found.positions[sequence]
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=values.log10().tolist(), x=labels, y=labels, colorscale="Viridis",
+            colorbar={"title": "log10 |J|"}, hovertemplate="row %{y}<br>column %{x}<br>%{z:.2f}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(title="varied token j (input)", type="category")
+    figure.update_yaxes(title="token i that responds", type="category", autorange="reversed")
+    title = (
+        f"Sensitivity at layer {layer + found.info['layer']}, sequence {sequence}<br><sup>"
+        f"{escape_hover(found.info['definition'])}</sup>"
+    )
+    return themed(figure, title, height=620, width=760)

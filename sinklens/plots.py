@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 SCALE = "Cividis"  # one colour scale for attention everywhere: perceptually uniform, safe for colour-blind readers
 INK = "#1f2933"
 ACCENT = "#c2410c"
+COLOURS = (ACCENT, "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def themed(figure: go.Figure, title: str, *, height: int, width: int | None = None) -> go.Figure:
@@ -130,6 +132,14 @@ def layer_profile(scores: SinkScores, position: int = 0, epsilon: float = 0.3) -
     figure.update_yaxes(title="share of heads / mean attention", range=[0, 1])
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"})
     return themed(figure, f"Position {position}, layer by layer", height=360)
+
+
+def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], colour: str) -> go.Scatter:
+    """The area between two curves, without legend or hover."""
+    return go.Scatter(
+        x=[*x, *reversed(x)], y=[*high, *reversed(low)], fill="toself", line={"width": 0}, fillcolor=colour,
+        opacity=0.18, showlegend=False, hoverinfo="skip",
+    )  # fmt: skip
 
 
 def escape_hover(text: str) -> str:

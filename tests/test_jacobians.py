@@ -9,10 +9,12 @@ import torch
 from architectures import build, build_pair, random_rows
 
 import sinklens as sl
+from sinklens.attention import original
 from sinklens.jacobians import (
     Stream,
     chi_square_interval,
     exact_block,
+    exact_columns,
     probed_squares,
     probed_squares_reverse,
     probes,
@@ -36,6 +38,10 @@ def test_blocks_and_probed_norms_are_those_of_the_dense_jacobian(name: str) -> N
     whole = dense(stream)
     scale = float(whole.abs().max())
     assert (exact_block(stream, 2) - whole[:, :, :, 2]).abs().max() < 1e-5 * scale
+    columns = exact_columns(stream, [2, 1], chunk=5)
+    for n, j in enumerate((2, 1)):
+        naive = whole[:, :, :, j].double().square().sum((2, 3))
+        assert (columns[..., n] - naive).abs().max() < 1e-5 * float(naive.max())
     squares = probed_squares(stream, [0, 2], count=3, chunk=2)
     for n, j in enumerate((0, 2)):
         naive = torch.einsum("lioe,pe->plio", whole[:, :, :, j], probes(j, 3, whole.shape[-1])).square().sum(-1)
@@ -111,6 +117,36 @@ def test_frozen_attention_is_linear_in_the_values() -> None:
         Stream(build_pair("opt")[1], ids, frozen_attention=True)
     with pytest.raises(sl.BadInputError, match="out of range"):
         Stream(model, ids, layer=9)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "neox", "falcon", "olmo2", "bert", "opt"])
+def test_frozen_norms_are_affine(name: str) -> None:
+    _, model = build_pair(name)
+    ids = torch.stack(random_rows((LENGTH,)))
+    live, frozen = (Stream(model, ids, frozen_norms=f) for f in (False, True))
+    assert torch.allclose(live.outputs, frozen.outputs, atol=1e-4)
+    assert (exact_block(live, 2) - exact_block(frozen, 2)).abs().max() > 1e-4
+    norms = sorted({n.rsplit(".", 1)[0] for n, _ in frozen.hooks})
+    present = [n for n in ("ln1", "ln1_post", "ln2", "ln2_post") if f"blocks.1.{n}.hook_out" in model.hook_dict]
+    assert [n for n in norms if n.startswith("blocks.1.")] == [f"blocks.1.{n}" for n in present]
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor, hook: Any) -> None:
+        seen.setdefault(hook.name, []).append(tensor.detach().clone())
+
+    frozen.hooks += [(f"{n}.hook_{end}", keep) for n in norms for end in ("in", "out")]
+    with torch.no_grad():
+        frozen(frozen.start)
+        frozen(torch.randn(frozen.start.shape, generator=torch.Generator().manual_seed(0)))
+    for norm in norms:  # the module's own output, with the first run's scale in the place of its own
+        (x0, x1), y1 = seen[f"{norm}.hook_in"], seen[f"{norm}.hook_out"][1]
+        module: Any = original(model.get_submodule(norm))
+        centred = isinstance(module, torch.nn.LayerNorm)
+        bias = module.bias if centred else torch.zeros(x0.shape[-1])
+        scales = [x.std(-1, correction=0) if centred else x.square().mean(-1).sqrt() for x in (x0, x1)]
+        with torch.no_grad():
+            expected = (module(x1) - bias) * (scales[1] / scales[0])[..., None] + bias
+        assert (y1 - expected).abs().max() < 1e-3 * float(expected.abs().max()), norm
 
 
 def test_later_layers_can_be_the_input() -> None:
