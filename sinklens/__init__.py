@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sinklens.models import load_model
     from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
+    from sinklens.path_sum import PathSums, path_sums
     from sinklens.planting import plant_sinks
     from sinklens.proof import Capabilities, capabilities
     from sinklens.readers import reading_heads
@@ -70,6 +71,7 @@ _HOMES = {
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
     "Neurons": "neurons",
+    "PathSums": "path_sum",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
     "SinkMap": "sinkmap",
@@ -103,6 +105,7 @@ _HOMES = {
     "measure_mixing": "mixing",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
+    "path_sums": "path_sum",
     "plant_sinks": "planting",
     "primary_weakening": "secondary_claims",
     "reading_heads": "readers",
@@ -138,6 +141,7 @@ __all__ = [
     "Mixing",
     "MixingComparison",
     "Neurons",
+    "PathSums",
     "Sink",
     "SinkDecomposition",
     "SinkMap",
@@ -171,6 +175,7 @@ __all__ = [
     "measure_mixing",
     "norm_and_mass",
     "patch_bos",
+    "path_sums",
     "plant_sinks",
     "primary_weakening",
     "reading_heads",

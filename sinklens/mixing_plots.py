@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinklens.plots import COLOURS, band, escape_hover, themed
+from sinklens.plots import COLOURS, MUTED, band, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.mixing_result import Mixing
@@ -71,3 +72,29 @@ def sensitivity_map(found: Mixing, sequence: int, layer: int) -> go.Figure:
         f"{escape_hover(found.info['definition'])}</sup>"
     )
     return themed(figure, title, height=620, width=760)
+
+
+def bound_scatter(table: pd.DataFrame) -> go.Figure:
+    """Measured spectral norms against their bounds, on log scales, with the line that none may cross."""
+    figure = go.Figure()
+    for sink, symbol, words in ((False, "circle", "other column"), (True, "diamond", "column of a sink")):
+        mine = pd.DataFrame(table[table.sink == sink])
+        figure.add_scatter(
+            x=mine.bound.tolist(), y=mine.spectral.tolist(), mode="markers", name=words,
+            marker={
+                "color": mine.layer.tolist(), "symbol": symbol, "size": 4, "coloraxis": "coloraxis", "opacity": 0.6
+            },
+            text=[f"layer {r['layer']}, row {r['row']}, column {r['column']}" for r in mine.to_dict("records")],
+            hovertemplate="%{text}<br>bound %{x:.3g}, measured %{y:.3g}<extra></extra>",
+        )  # fmt: skip
+    ends = [float(table.spectral.min()), float(table.bound.max())]
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", name="measured = bound", line={"color": MUTED, "dash": "dash"}, hoverinfo="skip"
+    )
+    figure.update_xaxes(title="local path-sum bound on |J_ij|", type="log")
+    figure.update_yaxes(title="measured |J_ij| (spectral)", type="log")
+    figure.update_layout(
+        coloraxis={"colorscale": "Cividis", "colorbar": {"title": "layer"}},
+        legend={"orientation": "h", "y": -0.2, "x": 0},
+    )
+    return themed(figure, "The path-sum bound and what was measured, attention frozen", height=520, width=720)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SCALE = "Cividis"  # one colour scale for attention everywhere: perceptually uniform, safe for colour-blind readers
 INK = "#1f2933"
 ACCENT = "#c2410c"
+MUTED = "#9aa5b1"
 COLOURS = (ACCENT, "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from sinklens.circuit import layout
 from sinklens.components import component_name
 from sinklens.errors import BadInputError
-from sinklens.plots import ACCENT, INK, escape_hover, themed
+from sinklens.plots import ACCENT, INK, MUTED, escape_hover, themed
 from sinklens.secondary_claims import dose_table
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from sinklens.trace_result import SinkTrace
 
 BLUE = "#0072b2"
-MUTED = "#9aa5b1"
 
 
 def contribution_bars(trace: SinkTrace, sink: int | None = None) -> go.Figure:
