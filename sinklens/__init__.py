@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sinklens.anatomy import Anatomy, sink_anatomy
     from sinklens.bos import patch_bos
     from sinklens.contexts import compare_contexts
+    from sinklens.damage import MatchedDamage, matched_damage
     from sinklens.decompose import decompose_sinks
     from sinklens.decompose_page import write_decomposition
     from sinklens.decomposition import SinkDecomposition, Subject
@@ -68,6 +69,7 @@ _HOMES = {
     "Experiment": "outcome",
     "Flash": "flash_backend",
     "Hooks": "hooks",
+    "MatchedDamage": "damage",
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
     "Neurons": "neurons",
@@ -102,6 +104,7 @@ _HOMES = {
     "flash": "flash_backend",
     "load_model": "models",
     "load_tokens": "tokens",
+    "matched_damage": "damage",
     "measure_mixing": "mixing",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
@@ -138,6 +141,7 @@ __all__ = [
     "Experiment",
     "Flash",
     "Hooks",
+    "MatchedDamage",
     "Mixing",
     "MixingComparison",
     "Neurons",
@@ -172,6 +176,7 @@ __all__ = [
     "flash",
     "load_model",
     "load_tokens",
+    "matched_damage",
     "measure_mixing",
     "norm_and_mass",
     "patch_bos",
