@@ -11,7 +11,12 @@ import pandas as pd
 
 from sinklens.results import write_text
 
-MARKS = ("<!-- interventions -->", "<!-- decompositions -->", "<!-- traces -->")  # sections in the page's order
+MARKS = (
+    "<!-- interventions -->",
+    "<!-- decompositions -->",
+    "<!-- traces -->",
+    "<!-- mixing -->",
+)  # sections in the page's order
 
 
 def put(mark: str, parts: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sinklens.ablate import ablate_sinks
     from sinklens.anatomy import Anatomy, sink_anatomy
     from sinklens.bos import patch_bos
+    from sinklens.collapse import Collapse, measure_collapse
     from sinklens.contexts import compare_contexts
     from sinklens.damage import MatchedDamage, matched_damage
     from sinklens.decompose import decompose_sinks
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
     from sinklens.path_sum import PathSums, path_sums
+    from sinklens.perturbation import Perturbation, perturbation_spread
     from sinklens.planting import plant_sinks
     from sinklens.proof import Capabilities, capabilities
     from sinklens.readers import reading_heads
@@ -66,6 +68,7 @@ _HOMES = {
     "BosVariants": "variants",
     "Capabilities": "proof",
     "Claims": "two_by_two",
+    "Collapse": "collapse",
     "Experiment": "outcome",
     "Flash": "flash_backend",
     "Hooks": "hooks",
@@ -74,6 +77,7 @@ _HOMES = {
     "MixingComparison": "mixing_result",
     "Neurons": "neurons",
     "PathSums": "path_sum",
+    "Perturbation": "perturbation",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
     "SinkMap": "sinkmap",
@@ -105,10 +109,12 @@ _HOMES = {
     "load_model": "models",
     "load_tokens": "tokens",
     "matched_damage": "damage",
+    "measure_collapse": "collapse",
     "measure_mixing": "mixing",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
     "path_sums": "path_sum",
+    "perturbation_spread": "perturbation",
     "plant_sinks": "planting",
     "primary_weakening": "secondary_claims",
     "reading_heads": "readers",
@@ -138,6 +144,7 @@ __all__ = [
     "BosVariants",
     "Capabilities",
     "Claims",
+    "Collapse",
     "Experiment",
     "Flash",
     "Hooks",
@@ -146,6 +153,7 @@ __all__ = [
     "MixingComparison",
     "Neurons",
     "PathSums",
+    "Perturbation",
     "Sink",
     "SinkDecomposition",
     "SinkMap",
@@ -177,10 +185,12 @@ __all__ = [
     "load_model",
     "load_tokens",
     "matched_damage",
+    "measure_collapse",
     "measure_mixing",
     "norm_and_mass",
     "patch_bos",
     "path_sums",
+    "perturbation_spread",
     "plant_sinks",
     "primary_weakening",
     "reading_heads",

@@ -28,9 +28,8 @@ from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
 from sinklens.mixing_result import INDICES, Mixing, MixingComparison
-from sinklens.mixing_setup import BASE, Conditions, conditions_of, sinks_of
+from sinklens.mixing_setup import BASE, Conditions, Sinks, conditions_of, sinks_of
 from sinklens.proof import capabilities
-from sinklens.sinkmap import SinkMap
 from sinklens.tokens import Tokens, as_tokens
 
 MOST = 128
@@ -78,7 +77,7 @@ def measure_mixing(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
-    sinks: SinkMap | Sequence[int] | None = None,
+    sinks: Sinks = None,
     hooks: Sequence[Any] = (),
     probes: int = PROBES,
     seed: int = 0,
@@ -133,7 +132,7 @@ def compare_mixing(
     tokens: str | Sequence[str] | Tensor | Tokens,
     conditions: Conditions,
     *,
-    sinks: SinkMap | Sequence[int] | None = None,
+    sinks: Sinks = None,
     probes: int = PROBES,
     seed: int = 0,
     exact: bool | str = False,
@@ -161,7 +160,7 @@ def _measure(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
     conditions: Conditions,
-    sinks: SinkMap | Sequence[int] | None,
+    sinks: Sinks,
     way: _Way,
     progress: bool | None,
 ) -> dict[str, Mixing]:

@@ -17,6 +17,7 @@ from sinklens.tokens import Tokens
 BASE = "base"
 Conditions = Mapping[str, Sequence[Any]]
 Places = tuple[tuple[int, ...], ...]
+Sinks = SinkMap | Sequence[int] | Sequence[Sequence[int]] | None
 
 
 def conditions_of(conditions: Conditions) -> dict[str, Sequence[Any]]:
@@ -30,10 +31,10 @@ def conditions_of(conditions: Conditions) -> dict[str, Sequence[Any]]:
     return {BASE: [], **conditions}
 
 
-def sinks_of(model: TransformerBridge, batch: Tokens, sinks: SinkMap | Sequence[int] | None) -> tuple[Places, str]:
+def sinks_of(model: TransformerBridge, batch: Tokens, sinks: Sinks) -> tuple[Places, str]:
     """S of every sequence, and in words where it comes from.
 
-    A map's positions; or the positions given, in every sequence; or, with None, those that :func:`find_sinks` finds in
+    A map's positions; or the positions given, in every sequence, or a list for each; or, with None, those that :func:`find_sinks` finds in
     the model without hooks, and in sequences too short for far importance the first token (in encoders the special
     tokens).
 
@@ -47,7 +48,11 @@ def sinks_of(model: TransformerBridge, batch: Tokens, sinks: SinkMap | Sequence[
         found = [tuple(sorted(set(sinks.positions(b)))) for b in range(len(batch))]
         words = "a sink map"
     elif sinks is not None:
-        found = [tuple(sorted(set(sinks))) for _ in lengths]
+        apart = [s for s in sinks if not isinstance(s, int)]
+        if apart and len(apart) != len(lengths):
+            raise BadInputError(f"give positions for all sequences alike, or one list for each of the {len(lengths)}")
+        plain = [s for s in sinks if isinstance(s, int)]
+        found = [tuple(sorted(set(apart[b] if apart else plain))) for b in range(len(lengths))]
         words = f"positions {list(sinks)}"
     else:
         found = _found(model, batch)

@@ -37,11 +37,10 @@ from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, exact_block
-from sinklens.mixing_setup import sinks_of
+from sinklens.mixing_setup import Sinks, sinks_of
 from sinklens.proof import capabilities, has_hook
 from sinklens.results import atomic_path
 from sinklens.running import run_blocks
-from sinklens.sinkmap import SinkMap
 from sinklens.stream_parts import flat
 from sinklens.tokens import Tokens, as_tokens
 
@@ -102,7 +101,7 @@ def path_sums(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
-    sinks: SinkMap | Sequence[int] | None = None,
+    sinks: Sinks = None,
     hooks: Sequence[Any] = (),
     columns: Sequence[int] | None = None,
     chunk: int = CHUNK,

@@ -158,6 +158,32 @@ class SinkMap:
         )
         return replace(self, sinks=tuple(kept))
 
+    def cut(self, sequences: Sequence[int], columns: int) -> SinkMap:
+        """The sinks that stand in the first ``columns`` tokens of some sequences, as they were found in the whole text.
+
+        Short texts have too few queries to tell sinks; in a causal model what a token is does not depend on what comes
+        after it. Masses and lives stay those of the whole text.
+        """
+        index = list(sequences)
+        if any(not 0 <= b < len(self.tokens) for b in index) or len(set(index)) < len(index):
+            raise BadInputError(f"sequences {index} are out of range or not distinct: there are {len(self.tokens)}")
+        kept, number = [], {b: n for n, b in enumerate(index)}
+        inside = [s for s in (*self.sinks, *self.unattended) if s.sequence in number and s.position < columns]
+        for sink in sorted(inside, key=lambda s: (number[s.sequence], s.position)):
+            kept.append(replace(sink, sequence=number[sink.sequence]))
+        alone = {(number[s.sequence], s.position) for s in self.unattended if s.sequence in number}
+        first = [self.strongest[b] for b in index]
+        return replace(
+            self,
+            sinks=tuple(s for s in kept if (s.sequence, s.position) not in alone),
+            unattended=tuple(s for s in kept if (s.sequence, s.position) in alone),
+            strongest=tuple(p if p is not None and p < columns else None for p in first),
+            mass=self.mass[index][..., :columns],
+            uniform=self.uniform[index][..., :columns],
+            tokens=self.tokens[index].first(columns),
+            places=tuple((number[b], p) for b, p in self.places or () if b in number and p < columns),
+        )
+
     def positions(self, sequence: int = 0) -> list[int]:
         """The positions of the sinks of one sequence."""
         return [sink.position for sink in self.where(sequence=sequence)]

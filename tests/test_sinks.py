@@ -228,3 +228,26 @@ def test_the_direction_method_cannot_tell_kinds_where_attention_is_unknown() -> 
     with model.hooks(fwd_hooks=hooks), pytest.warns(sl.SinklensWarning, match="too few queries"):
         sinks = sl.find_sinks(model, row(30, {0: X}), method="direction")
     assert [(s.position, s.kind, s.reason, s.attended) for s in sinks] == [(0, "undetermined", "too_few_queries", None)]
+
+
+def test_a_map_may_be_cut_to_the_beginnings_of_some_sequences() -> None:
+    _, model = build_pair("llama")
+    ids = torch.stack(random_rows((60, 60, 60)))
+    found = sl.find_sinks(model, ids, activity=0.0, uniform_factor=1.0)
+    assert len(found.where(sequence=2)) > 1
+    cut = found.cut([2, 0], 10)
+    assert cut.tokens.ids.tolist() == ids[[2, 0], :10].tolist()
+    for n, b in enumerate((2, 0)):
+        assert cut.positions(n) == [p for p in found.positions(b) if p < 10]
+        assert cut.strongest[n] in (None, found.strongest[b])
+    assert set(cut.places or ()) == {(s.sequence, s.position) for s in cut}
+    hooks = sl.ablate_sinks(model, cut)
+    named = sl.ablate_sinks(model, found)
+    short, whole = (
+        model.run_with_hooks(i, fwd_hooks=h)[0, :10] for i, h in ((ids[2:3, :10], hooks), (ids[2:3], named))
+    )
+    late = [s.position for s in found.where(sequence=2) if s.position >= 10]
+    assert late
+    assert torch.allclose(short, whole, atol=1e-4)  # later sinks cannot reach back
+    with pytest.raises(sl.BadInputError, match="out of range"):
+        found.cut([3], 10)

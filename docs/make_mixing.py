@@ -1,0 +1,302 @@
+"""Measure the fifth part of docs/findings.md: what sinks do to mixing.
+
+    python docs/make_mixing.py run MODEL STORE     # about two hours; every finished piece is kept in the folder
+    python docs/make_mixing.py write STORE         # tables from all finished pieces
+
+Prefixes of 16 documents of python-docs that hold a secondary sink early; sinks as found in 512 tokens of each.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from findings_tools import MARKS, between, command_line, put, table
+from transformer_lens.model_bridge import TransformerBridge
+
+import sinklens as sl
+from sinklens.models import untrained_twin
+from sinklens.verdicts import quantity
+
+MODELS = ("smollm2-135m", "gemma3-270m")
+PIECES = ("conditions", "twin", "swaps", "collapse", "lengths", "bound")
+DOCUMENTS, LENGTH, PROBES = 16, 32, 4
+DOSES = (0.5, 2.0, 4.0)
+LENGTHS = {64: (12, 2), 128: (10, 2), 256: (8, 2), 512: (6, 2), 1024: (4, 2)}  # tokens: sampled columns, probes
+SWAPS, SWAP_LENGTH = 112, 64
+COLLAPSE_LENGTH = 256
+BOUND = (3, 24)  # documents, tokens
+
+
+def prefixes(model: TransformerBridge, length: int, documents: int = DOCUMENTS) -> sl.SinkMap:
+    """Sinks in the first tokens of documents with a secondary sink among them (where too few have one: any)."""
+    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=max(256, length))
+    sinks = sl.find_sinks(model, tokens)
+    early = {s.sequence: s.position for s in reversed(sinks.secondary.sinks)}
+    holding = [b for b in sorted(early, key=lambda b: early[b]) if early[b] < length - 4]
+    rest = [b for b in range(len(tokens)) if b not in holding]
+    return sinks.cut(sorted([*holding, *rest][:documents]), length)
+
+
+def edits(model: TransformerBridge, sinks: sl.SinkMap) -> dict[str, Any]:
+    """Primary and secondary sinks apart, the first token everywhere, doses, and damage that is no sink."""
+    found: dict[str, Any] = {"without the primary": sl.ablate_sinks(model, sinks.primary)}
+    if len(sinks.secondary):
+        found["without secondary sinks"] = sl.ablate_sinks(model, sinks.secondary)
+        found["without any sink"] = sl.ablate_sinks(model, sinks)
+    found["first token masked in every layer"] = first = sl.ablate_sinks(model, [0])
+    for kind in ("noise", "mlp"):
+        words = {"noise": "noise of the same loss", "mlp": "smaller MLPs of the same loss"}
+        try:
+            found[words[kind]] = sl.matched_damage(model, sinks.tokens, first, kind=kind).hooks
+        except sl.BadInputError as error:
+            warnings.warn(str(error), sl.SinklensWarning, stacklevel=1)
+    for dose in DOSES:
+        found[f"primary x {dose:g}"] = sl.ablate_sinks(model, sinks.primary, "scale", g=dose)
+    return found
+
+
+def run(name: str, store: Path, wanted: list[str]) -> None:
+    """One model's pieces; a piece that is there already is left alone."""
+    torch.set_num_threads(1)
+    model = sl.load_model(name)
+
+    def due(piece: str, end: str = "safetensors") -> Path | None:
+        path = store / f"{name}-{piece}.{end}"
+        return path if (not wanted or piece.partition("@")[0] in wanted) and not path.is_file() else None
+
+    if path := due("conditions"):
+        sinks = prefixes(model, LENGTH)
+        made = edits(model, sinks)
+        losses = {
+            label: float(sl.token_loss(model, sinks.tokens, hooks=hooks).nanmean()) for label, hooks in made.items()
+        }
+        losses["base"] = float(sl.token_loss(model, sinks.tokens).nanmean())
+        frame = pd.DataFrame([{"condition": label, "loss": loss} for label, loss in losses.items()])
+        frame.to_csv(store / f"{name}-losses.csv", index=False)
+        sl.compare_mixing(model, sinks.tokens, made, sinks=sinks, probes=PROBES).save(path)
+    if path := due("twin"):
+        sinks = prefixes(model, LENGTH)
+        twin = untrained_twin(model)
+        same = [sorted(set(sinks.positions(b))) for b in range(len(sinks.tokens))]
+        sl.measure_mixing(twin, sinks.tokens, sinks=same, probes=PROBES).save(path)
+    if path := due("swaps"):
+        sinks = prefixes(model, SWAP_LENGTH)
+        made = {"without the primary": sl.ablate_sinks(model, sinks.primary)}
+        made["first token masked in every layer"] = first = sl.ablate_sinks(model, [0])
+        made["noise of the same loss"] = sl.matched_damage(model, sinks.tokens, first).hooks
+        sl.perturbation_spread(model, sinks.tokens, made, sinks=sinks, n_swaps=SWAPS).save(path)
+    if path := due("collapse"):
+        sinks = prefixes(model, COLLAPSE_LENGTH, 32)
+        made = {"without the primary": sl.ablate_sinks(model, sinks.primary)}
+        if len(sinks.secondary):
+            made["without secondary sinks"] = sl.ablate_sinks(model, sinks.secondary)
+        made["first token masked in every layer"] = first = sl.ablate_sinks(model, [0])
+        made["noise of the same loss"] = sl.matched_damage(model, sinks.tokens, first).hooks
+        sl.measure_collapse(model, sinks.tokens, made, sinks=sinks).save(path)
+    if path := due("bound", "parquet"):
+        documents, length = BOUND
+        sinks = prefixes(model, length, documents)
+        sl.path_sums(model, sinks.tokens, sinks=sinks).save(path)
+    for length, (most, probes) in LENGTHS.items():
+        if path := due(f"lengths@{length}"):
+            tokens = sl.load_tokens(model, "python-docs", seq_len=length, min_len=length, n_seqs=DOCUMENTS)
+            made = {"first token masked in every layer": sl.ablate_sinks(model, [0])}
+            sl.compare_mixing(model, tokens, made, sinks=[0], probes=probes, most=most).save(path)
+
+
+def write(store: Path) -> None:
+    """Put the tables of all finished pieces into docs/findings.md, behind the traces."""
+    parts = [
+        "# Sinks and mixing",
+        f"Written by `python docs/make_mixing.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
+        f"tokens of {DOCUMENTS} documents of `python-docs`, {PROBES} probes, unless said otherwise; intervals: 95 % "
+        "over documents (they contain the probes' error). S: the sinks found in 512 tokens of each document, the same "
+        "in every condition. Ratios are paired: the mean of log(edited / base) over documents, as a factor. *Noise* and "
+        "*smaller MLPs* are no sinks and cost the same loss on the same tokens as masking the first token does. The "
+        "models are 4-bit GGUF weights, dequantised.",
+    ]
+    for name in MODELS:
+        if any(store.glob(f"{name}-*")):
+            parts += model_parts(name, store)
+    put(MARKS[3], parts)
+
+
+def factor(row: dict[str, Any], name: str = "log_ratio") -> str:
+    """A mean log ratio with its interval, as a factor."""
+    mean, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+    if mean != mean:
+        return "-"
+    return f"x {math.exp(mean):.3g}" + (f" [{math.exp(low):.3g}, {math.exp(high):.3g}]" if low == low else "")
+
+
+def model_parts(name: str, store: Path) -> list[str]:
+    """One model's tables."""
+    parts = [f"## {name}: mixing"]
+    for piece, words in (
+        ("conditions", condition_words), ("swaps", swap_words), ("collapse", collapse_words), ("bound", bound_words),
+    ):  # fmt: skip
+        path = next(store.glob(f"{name}-{piece}.*"), None)
+        if path is not None:
+            parts += words(path)
+    lengths = {n: store / f"{name}-lengths@{n}.safetensors" for n in LENGTHS}
+    if any(path.is_file() for path in lengths.values()):
+        parts += length_words({n: path for n, path in lengths.items() if path.is_file()})
+    return parts
+
+
+def depths(n_layers: int) -> list[int]:
+    """Layers that stand for the whole depth."""
+    return sorted({round(k * (n_layers - 1) / 5) for k in range(6)})
+
+
+def condition_words(path: Path) -> list[str]:
+    """The three indices under every condition, beside the untrained twin and the loss."""
+    found = sl.MixingComparison.load(path)
+    frame = pd.read_csv(str(path).replace("conditions.safetensors", "losses.csv"))
+    losses = dict(zip(frame.condition.tolist(), frame.loss.tolist(), strict=True))
+    layers = depths(found["base"].mix.shape[1])
+    rows = found.to_dataframe(layers).to_dict("records")
+    by = {(r["condition"], r["layer"], r["index"]): r for r in rows}
+    twin_path = Path(str(path).replace("conditions", "twin"))
+    twin = sl.Mixing.load(twin_path).to_dataframe().to_dict("records") if twin_path.is_file() else []
+    parts = [f"Measured: {found['base'].info['definition']}."]
+    for index in ("mix", "via_sink", "spread"):
+        lines = []
+        for label in found.conditions:
+            row: dict[str, Any] = {"condition": label, "loss": f"{losses[label]:.3f}"}
+            for layer in layers:
+                entry = by[label, layer, index]
+                plain = label == "base" or entry["log_ratio"] != entry["log_ratio"]
+                row[f"layer {layer}"] = between(entry) if plain else factor(entry)
+            lines.append(row)
+        if twin:
+            row = {"condition": "untrained twin", "loss": "-"}
+            for entry in twin:
+                if entry["index"] == index and entry["layer"] in layers:
+                    row[f"layer {entry['layer']}"] = between(entry)
+            lines.append(row)
+        parts.append(f"`{index}` (base: the value; edited: the factor on it):\n\n{table(pd.DataFrame(lines))}")
+    parts.append(verdict(found, losses))
+    near = found.distances().to_dict("records")
+    spans = sorted({(r["distance"], r["to"]) for r in near})
+    cells = {(r["condition"], r["distance"]): r["mean"] for r in near}
+    lines = [
+        {"condition": label} | {f"{a} to {b} tokens": f"{cells[label, a]:.3g}" for a, b in spans}
+        for label in found.conditions
+    ]
+    parts.append(f"Mean `|J_ij|_F^2` at the last layer by distance:\n\n{table(pd.DataFrame(lines))}")
+    return parts
+
+
+def verdict(found: sl.MixingComparison, losses: dict[str, float]) -> str:
+    """In how many layers each index rises or falls, beyond 0 and beyond the damage of the same loss."""
+    table_of = found.to_dataframe().to_dict("records")
+    lines = ["In how many layers an index is surely (interval) above or below the base's, and the control's:", ""]
+    controls = [label for label in found.conditions if "same loss" in label]
+    for label in found.conditions:
+        if label == "base":
+            continue
+        told = []
+        for index in ("mix", "spread"):
+            mine = [r for r in table_of if (r["condition"], r["index"]) == (label, index)]
+            up = sum(r["log_ratio_low"] > 0 for r in mine)
+            down = sum(r["log_ratio_high"] < 0 for r in mine)
+            words = f"{index} above in {up}, below in {down} of {len(mine)}"
+            for control in controls if "masked" in label else ():
+                other = found[control]
+                beyond, short = 0, 0
+                for layer in range(other.mix.shape[1]):
+                    a, b = (getattr(m, index)[:, layer].double() for m in (found[label], other))
+                    row = quantity("", (a / b).log().tolist(), list(other.tokens.documents))
+                    beyond += row["low"] > 0
+                    short += row["high"] < 0
+                words += f" (against {control}: above in {beyond}, below in {short})"
+            told.append(words)
+        lines.append(f"- {label} (loss {losses[label] - losses['base']:+.3f}): {'; '.join(told)}.")
+    return "\n".join(lines)
+
+
+def swap_words(path: Path) -> list[str]:
+    """Figure 2 of Barbero et al. with random swaps."""
+    found = sl.Perturbation.load(path)
+    rows = found.to_dataframe().to_dict("records")
+    layers = depths(found.relative.shape[2])
+    lines = []
+    for label in found.labels:
+        row: dict[str, Any] = {"condition": label}
+        for entry in rows:
+            if entry["condition"] == label and entry["layer"] in layers:
+                row[f"layer {entry['layer']}"] = between(entry) if label == "base" else factor(entry)
+        lines.append(row)
+    return [
+        f"{len(found.swaps)} random exchanges of one token, {SWAP_LENGTH} tokens per document: relative change of the "
+        f"later tokens that are no sink (base: the mean; edited: the paired factor):\n\n{table(pd.DataFrame(lines))}"
+    ]
+
+
+def collapse_words(path: Path) -> list[str]:
+    """How alike tokens are."""
+    found = sl.Collapse.load(path)
+    rows = found.to_dataframe().to_dict("records")
+    layers = depths(found.values.shape[2])
+    parts = []
+    for measure in dict.fromkeys(r["measure"] for r in rows):
+        lines = []
+        for kind in dict.fromkeys(r["rows"] for r in rows):
+            for label in found.labels:
+                row: dict[str, Any] = {"rows": kind, "condition": label}
+                for entry in rows:
+                    key = (entry["measure"], entry["rows"], entry["condition"])
+                    if key == (measure, kind, label) and entry["layer"] in layers:
+                        name = "" if label == "base" else "difference"
+                        row[f"layer {entry['layer']}"] = between(entry, name)
+                lines.append(row)
+        parts.append(
+            f"Collapse, {measure} ({len(found.tokens)} documents, {COLLAPSE_LENGTH} tokens; base: the value; edited: the "
+            f"paired difference):\n\n{table(pd.DataFrame(lines))}"
+        )
+    return parts
+
+
+def bound_words(path: Path) -> list[str]:
+    """How loose the path-sum bound is."""
+    frame = pd.read_parquet(path)
+    loose = sl.PathSums(frame, ()).looseness()
+    layers = depths(len(loose))
+    shown = loose[[n in layers for n in loose.layer.tolist()]]
+    return [
+        f"The local path-sum bound (attention frozen, {len(frame)} blocks of {BOUND[0]} documents, {BOUND[1]} tokens): "
+        f"{int(loose.broken.sum())} blocks exceed it. Orders of magnitude between the bound and the measured spectral "
+        f"norm (median, 5 and 95 %):\n\n{table(shown)}"
+    ]
+
+
+def length_words(paths: dict[int, Path]) -> list[str]:
+    """Against context length."""
+    lines = []
+    for length, path in paths.items():
+        found = sl.MixingComparison.load(path)
+        label = list(found.conditions)[1]
+        for index in ("mix", "via_sink", "spread"):
+            rows = found.to_dataframe([-1]).to_dict("records")
+            base, edited = (
+                next(r for r in rows if (r["condition"], r["index"]) == (c, index)) for c in ("base", label)
+            )
+            lines.append(
+                {"tokens": length, "documents": len(found.tokens), "index": index, "base": between(base)}
+                | {"first token masked": between(edited), "factor": factor(edited)}
+            )
+    return [
+        "Against context length, at the last layer (S: the first token; a sample of columns, 2 probes):\n\n"
+        + table(pd.DataFrame(lines))
+    ]
+
+
+if __name__ == "__main__":
+    command_line(__doc__, MODELS, PIECES, run, write)
