@@ -11,12 +11,8 @@ import pandas as pd
 
 from sinklens.results import write_text
 
-MARKS = (
-    "<!-- interventions -->",
-    "<!-- decompositions -->",
-    "<!-- traces -->",
-    "<!-- mixing -->",
-)  # sections in the page's order
+SECTIONS = ("interventions", "decompositions", "traces", "mixing")  # in the page's order
+MARKS = tuple(f"<!-- {name} -->" for name in SECTIONS)
 
 
 def put(mark: str, parts: Sequence[str]) -> None:

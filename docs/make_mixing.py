@@ -28,6 +28,7 @@ PIECES = ("conditions", "twin", "swaps", "collapse", "lengths", "bound")
 DOCUMENTS, LENGTH, PROBES = 16, 32, 4
 DOSES = (0.5, 2.0, 4.0)
 LENGTHS = {64: (12, 2), 128: (10, 2), 256: (8, 2), 512: (6, 2), 1024: (4, 2)}  # tokens: sampled columns, probes
+FIRST = "first token masked in every layer"
 SWAPS, SWAP_LENGTH = 112, 64
 COLLAPSE_LENGTH = 256
 BOUND = (3, 24)  # documents, tokens
@@ -49,16 +50,28 @@ def edits(model: TransformerBridge, sinks: sl.SinkMap) -> dict[str, Any]:
     if len(sinks.secondary):
         found["without secondary sinks"] = sl.ablate_sinks(model, sinks.secondary)
         found["without any sink"] = sl.ablate_sinks(model, sinks)
-    found["first token masked in every layer"] = first = sl.ablate_sinks(model, [0])
-    for kind in ("noise", "mlp"):
-        words = {"noise": "noise of the same loss", "mlp": "smaller MLPs of the same loss"}
-        try:
-            found[words[kind]] = sl.matched_damage(model, sinks.tokens, first, kind=kind).hooks
-        except sl.BadInputError as error:
-            warnings.warn(str(error), sl.SinklensWarning, stacklevel=1)
+    found[FIRST] = sl.ablate_sinks(model, [0])
+    found |= controls(model, sinks.tokens, found, {"without the primary": ("noise", "mlp"), FIRST: ("noise",)})
     for dose in DOSES:
         found[f"primary x {dose:g}"] = sl.ablate_sinks(model, sinks.primary, "scale", g=dose)
     return found
+
+
+def controls(
+    model: TransformerBridge, tokens: sl.Tokens, found: dict[str, Any], wanted: dict[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """Damage of the same loss that is no sink, where an edit costs any."""
+    words = {"noise": "noise", "mlp": "smaller MLPs"}
+    made = {}
+    for label, kinds in wanted.items():
+        for kind in kinds:
+            try:
+                made[f"{words[kind]}, same loss as {label}"] = sl.matched_damage(
+                    model, tokens, found[label], kind=kind
+                ).hooks
+            except sl.BadInputError as error:
+                warnings.warn(str(error), sl.SinklensWarning, stacklevel=1)
+    return made
 
 
 def run(name: str, store: Path, wanted: list[str]) -> None:
@@ -73,11 +86,11 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     if path := due("conditions"):
         sinks = prefixes(model, LENGTH)
         made = edits(model, sinks)
-        losses = {
-            label: float(sl.token_loss(model, sinks.tokens, hooks=hooks).nanmean()) for label, hooks in made.items()
-        }
-        losses["base"] = float(sl.token_loss(model, sinks.tokens).nanmean())
-        frame = pd.DataFrame([{"condition": label, "loss": loss} for label, loss in losses.items()])
+        lines = []
+        for label, hooks in {"base": [], **made}.items():
+            loss = float(sl.token_loss(model, sinks.tokens, hooks=hooks).nanmean())
+            lines.append({"condition": label, "loss": loss})
+        frame = pd.DataFrame(lines)
         frame.to_csv(store / f"{name}-losses.csv", index=False)
         sl.compare_mixing(model, sinks.tokens, made, sinks=sinks, probes=PROBES).save(path)
     if path := due("twin"):
@@ -88,16 +101,16 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     if path := due("swaps"):
         sinks = prefixes(model, SWAP_LENGTH)
         made = {"without the primary": sl.ablate_sinks(model, sinks.primary)}
-        made["first token masked in every layer"] = first = sl.ablate_sinks(model, [0])
-        made["noise of the same loss"] = sl.matched_damage(model, sinks.tokens, first).hooks
+        made[FIRST] = sl.ablate_sinks(model, [0])
+        made |= controls(model, sinks.tokens, made, {"without the primary": ("noise",), FIRST: ("noise",)})
         sl.perturbation_spread(model, sinks.tokens, made, sinks=sinks, n_swaps=SWAPS).save(path)
     if path := due("collapse"):
         sinks = prefixes(model, COLLAPSE_LENGTH, 32)
         made = {"without the primary": sl.ablate_sinks(model, sinks.primary)}
         if len(sinks.secondary):
             made["without secondary sinks"] = sl.ablate_sinks(model, sinks.secondary)
-        made["first token masked in every layer"] = first = sl.ablate_sinks(model, [0])
-        made["noise of the same loss"] = sl.matched_damage(model, sinks.tokens, first).hooks
+        made[FIRST] = sl.ablate_sinks(model, [0])
+        made |= controls(model, sinks.tokens, made, {"without the primary": ("noise",), FIRST: ("noise",)})
         sl.measure_collapse(model, sinks.tokens, made, sinks=sinks).save(path)
     if path := due("bound", "parquet"):
         documents, length = BOUND
@@ -106,7 +119,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     for length, (most, probes) in LENGTHS.items():
         if path := due(f"lengths@{length}"):
             tokens = sl.load_tokens(model, "python-docs", seq_len=length, min_len=length, n_seqs=DOCUMENTS)
-            made = {"first token masked in every layer": sl.ablate_sinks(model, [0])}
+            made = {FIRST: sl.ablate_sinks(model, [0])}
             sl.compare_mixing(model, tokens, made, sinks=[0], probes=probes, most=most).save(path)
 
 
@@ -117,8 +130,8 @@ def write(store: Path) -> None:
         f"Written by `python docs/make_mixing.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
         f"tokens of {DOCUMENTS} documents of `python-docs`, {PROBES} probes, unless said otherwise; intervals: 95 % "
         "over documents (they contain the probes' error). S: the sinks found in 512 tokens of each document, the same "
-        "in every condition. Ratios are paired: the mean of log(edited / base) over documents, as a factor. *Noise* and "
-        "*smaller MLPs* are no sinks and cost the same loss on the same tokens as masking the first token does. The "
+        "in every condition. Ratios are paired: the mean of log(edited / base) over documents, as a factor. *Noise* "
+        "and *smaller MLPs* are no sinks and cost the same loss on the same tokens as the edit that they name. The "
         "models are 4-bit GGUF weights, dequantised.",
     ]
     for name in MODELS:
@@ -198,7 +211,6 @@ def verdict(found: sl.MixingComparison, losses: dict[str, float]) -> str:
     """In how many layers each index rises or falls, beyond 0 and beyond the damage of the same loss."""
     table_of = found.to_dataframe().to_dict("records")
     lines = ["In how many layers an index is surely (interval) above or below the base's, and the control's:", ""]
-    controls = [label for label in found.conditions if "same loss" in label]
     for label in found.conditions:
         if label == "base":
             continue
@@ -208,7 +220,7 @@ def verdict(found: sl.MixingComparison, losses: dict[str, float]) -> str:
             up = sum(r["log_ratio_low"] > 0 for r in mine)
             down = sum(r["log_ratio_high"] < 0 for r in mine)
             words = f"{index} above in {up}, below in {down} of {len(mine)}"
-            for control in controls if "masked" in label else ():
+            for control in (c for c in found.conditions if c.endswith(f"same loss as {label}")):
                 other = found[control]
                 beyond, short = 0, 0
                 for layer in range(other.mix.shape[1]):
@@ -258,8 +270,8 @@ def collapse_words(path: Path) -> list[str]:
                         row[f"layer {entry['layer']}"] = between(entry, name)
                 lines.append(row)
         parts.append(
-            f"Collapse, {measure} ({len(found.tokens)} documents, {COLLAPSE_LENGTH} tokens; base: the value; edited: the "
-            f"paired difference):\n\n{table(pd.DataFrame(lines))}"
+            f"Collapse, {measure} ({len(found.tokens)} documents, {COLLAPSE_LENGTH} tokens; base: the value; edited: "
+            f"the paired difference):\n\n{table(pd.DataFrame(lines))}"
         )
     return parts
 

@@ -34,9 +34,9 @@ def conditions_of(conditions: Conditions) -> dict[str, Sequence[Any]]:
 def sinks_of(model: TransformerBridge, batch: Tokens, sinks: Sinks) -> tuple[Places, str]:
     """S of every sequence, and in words where it comes from.
 
-    A map's positions; or the positions given, in every sequence, or a list for each; or, with None, those that :func:`find_sinks` finds in
-    the model without hooks, and in sequences too short for far importance the first token (in encoders the special
-    tokens).
+    A map's positions; or the positions given, in every sequence, or a list for each; or, with None, those that
+    :func:`find_sinks` finds in the model without hooks, and in sequences too short for far importance the first token
+    (in encoders the special tokens).
 
     Raises:
         BadInputError: sinks of other tokens, out of range, or fewer than two tokens that are no sink.
