@@ -8,7 +8,7 @@ exception. Which kernel ran in which layer is in ``Flash.paths``.
 
 Edits of attention arm themselves by a hook on ``blocks.i.attn.hook_in`` and are consumed by the function in the same
 call. Hooks that cannot fire here (``hook_pattern``, ``hook_attn_scores``, rotated queries and keys) are refused: none
-is passed over in silence. A load-time proof compares every layer with the hooks backend before the first use.
+is passed over in silence. :mod:`sinklens.flash_proof` compares every layer with the hooks backend before the first use.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from sinklens.attention import attention_hook, block_output, either_backend
+from sinklens.attention import attention_hook
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.kernels import View, blocked, fused, fused_takes
-from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities, has_hook
+from sinklens.proof import capabilities
 
 NAME = "sinklens"
-SILENT = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k", "hook_result")
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, View], tuple[Tensor, str]]
 
@@ -73,9 +72,12 @@ class Flash:
     _silent: dict[int, list[tuple[str, HookPoint]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from sinklens.flash_proof import unheard  # the proof runs this module, so it stands above it
+
+        silent = unheard(self.model)
         points = hook_points(self.model)
         for layer in range(capabilities(self.model).n_layers):
-            names = [attention_hook(layer, point) for point in _unheard.get(self.model, SILENT)]
+            names = [attention_hook(layer, point) for point in silent]
             self._silent[layer] = [(n, points[n]) for n in names if n in points]
 
     def arm(self, layer: int, armed: Armed) -> None:
@@ -219,6 +221,8 @@ def flash(model: TransformerBridge) -> Iterator[Flash]:
     Cost: about a plain sdpa forward (benchmarks/README.md). The first use of a model compares the backends on short
     random inputs.
     """
+    from sinklens.flash_proof import unsupported
+
     reason = unsupported(model)
     if reason:
         raise UnsupportedModelError(f"{capabilities(model).model}: the flash backend cannot run it: {reason}")
@@ -371,73 +375,6 @@ def _mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: 
                 "give each sequence a row of its own, or use backend='hooks'"
             )
     return flash_attention_mask(batch_size, q_length, kv_length, *args, **kwargs)
-
-
-_reasons: WeakKeyDictionary[TransformerBridge, str] = WeakKeyDictionary()
-_unheard: WeakKeyDictionary[TransformerBridge, tuple[str, ...]] = WeakKeyDictionary()
-
-
-def unsupported(model: TransformerBridge) -> str:
-    """Why the flash backend cannot run a model, or "". The proof runs at the first call and is kept.
-
-    Every layer's output, of one sequence and of a batch padded on the left, must equal the host's; a window of up to
-    1024 is probed beyond its edge. Recorded, too, is which hooks fire in the host and not here.
-    """
-    facts = capabilities(model)
-    if model not in _reasons:
-        heard: dict[str, set[str]] = {}
-        reason = ""
-        for length in sorted({PROBE_LENGTH, *(w + 2 for w in facts.windows if w and w <= LONGEST_WINDOW_PROBE)}):
-            if facts.context is None or length <= facts.context:
-                reason = reason or _differs(model, length, heard if length == PROBE_LENGTH else {})
-        _reasons[model] = reason
-        first = attention_hook(0, "")
-        deaf = sorted(heard.get("host", set()) - heard.get("flash", set()))
-        points = [name.removeprefix(first) for name in deaf if name.startswith(first)]
-        _unheard[model] = tuple(dict.fromkeys([*SILENT, *points]))
-    return _reasons[model]
-
-
-def _differs(model: TransformerBridge, length: int, heard: dict[str, set[str]]) -> str:
-    """Where the backends' block outputs differ on random ids, or ""."""
-    facts = capabilities(model)
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(0, facts.vocabulary, (2, length), generator=generator).to(model.cfg.device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, : length // 3] = False
-    outputs: dict[str, list[Tensor]] = {"host": [], "flash": []}
-    points = [point for point in hook_points(model) if point.startswith("blocks.0.attn.") and has_hook(model, point)]
-    states: dict[str, Flash | None] = {"host": None, "flash": Flash(model)}
-    for name, state in states.items():
-        fired = heard.setdefault(name, set())
-
-        def note(_: Any, hook: Any, fired: set[str] = fired) -> None:
-            fired.add(hook.name)
-
-        def keep(tensor: Tensor, hook: Any, name: str = name) -> None:
-            outputs[name].append(tensor.detach().float())
-
-        within = [(point, either_backend(note)) for point in points]
-        ends = [(block_output(layer), keep) for layer in range(facts.n_layers)]
-        try:
-            with switched(model, state), torch.no_grad():
-                for rows in (slice(0, 1), slice(0, 2)):
-                    padding = mask[rows] if rows.stop > 1 else None
-                    model.run_with_hooks(
-                        ids[rows], attention_mask=padding, fwd_hooks=[*within, *ends], return_type=None
-                    )
-        except (SinklensError, RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            if state is None or state.paths:
-                return f"it fails on a short input ({type(error).__name__}: {str(error)[:200]})"
-        if state is not None and len(state.paths) != facts.n_layers:
-            return "its attention code does not call transformers' AttentionInterface"
-    tolerance = 2e-4 if model.cfg.dtype in (torch.float32, torch.float64) else 5e-2
-    for at, (ours, theirs) in enumerate(zip(outputs["flash"], outputs["host"], strict=True)):
-        real = mask if len(theirs) > 1 else mask[:1]
-        gap = ((ours - theirs)[real]).abs().max() / (1 + theirs[real].abs().max())
-        if not gap <= tolerance:
-            return f"the output of block {at % facts.n_layers} differs by {float(gap):.2g} of its size from the host's"
-    return ""
 
 
 AttentionInterface.register(NAME, _function)

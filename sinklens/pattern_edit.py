@@ -18,7 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, either_backend, grouped_by_head, scored_points, value_bias
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
-from sinklens.flash_backend import Armed, hook_points, once, running, unsupported
+from sinklens.flash_backend import Armed, hook_points, once, running
+from sinklens.flash_proof import unsupported
 from sinklens.forward import Forward
 from sinklens.kernels import View
 from sinklens.proof import capabilities
