@@ -34,7 +34,7 @@ from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
-from sinklens.statistics import interval
+from sinklens.statistics import summary
 from sinklens.tokens import Tokens, as_tokens
 
 if TYPE_CHECKING:
@@ -183,16 +183,6 @@ def collapse_measures(x: Float[Tensor, "*layer row d_model"]) -> Float[Tensor, "
     return torch.stack([residual, cosine, entropy], -1)
 
 
-def summary(values: Float[Tensor, " item"], documents: Sequence[int], name: str = "") -> dict[str, float]:
-    """The mean of what is finite, and its 95 % interval over documents; NaN where there is none."""
-    known = values.isfinite()
-    kept = [d for d, k in zip(documents, known.tolist(), strict=True) if k]
-    low, high = (interval(values[known], kept) if kept else None) or (math.nan, math.nan)
-    mean = float(values[known].double().mean()) if kept else math.nan
-    start = f"{name}_" if name else ""
-    return {name or "mean": mean, f"{start}low": low, f"{start}high": high}
-
-
 def _outputs(model: TransformerBridge, one: Tokens, edit: Sequence[Any]) -> Float[Tensor, "layer pos d_model"]:
     """The block outputs of one unpadded sequence, after the edit, in float64 on the CPU."""
     kept: list[Tensor] = []
@@ -205,27 +195,10 @@ def _outputs(model: TransformerBridge, one: Tokens, edit: Sequence[Any]) -> Floa
     return torch.stack(kept)
 
 
-def curve(
-    figure: Figure, column: int, colour: int, label: str, rows: Sequence[dict[str, Any]], names: tuple[str, str, str]
-) -> None:
-    """A line over layers in one panel, with a band where there is one; ``names``: its value, low and high in rows."""
-    from sinklens.plots import COLOURS, band, escape_hover
-
-    tint, shown = COLOURS[colour % len(COLOURS)], escape_hover(label)
-    x = [row["layer"] for row in rows]
-    y, low, high = ([row[name] for row in rows] for name in names)
-    if not any(math.isnan(value) for value in low):
-        figure.add_trace(band(x, low, high, tint).update(mode="none"), row=1, col=column)
-    figure.add_scatter(
-        x=x, y=y, mode="lines+markers", name=shown, line={"color": tint}, marker={"size": 4}, legendgroup=label,
-        showlegend=column == 1, hovertemplate="layer %{x}: %{y:.3g}<extra>" + shown + "</extra>", row=1, col=column,
-    )  # fmt: skip
-
-
 def _curves(found: Collapse) -> Figure:
     from plotly.subplots import make_subplots
 
-    from sinklens.plots import escape_hover, themed
+    from sinklens.plots import curve, escape_hover, themed
 
     table = [row for row in found.to_dataframe().to_dict("records") if row["rows"] == "no_sink"]
     figure = make_subplots(rows=1, cols=3, subplot_titles=tuple(NAMES.values()), horizontal_spacing=0.07)

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinklens.plots import COLOURS, MUTED, band, escape_hover, themed
+from sinklens.plots import MUTED, curve, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.mixing_result import Mixing
@@ -28,18 +28,7 @@ def index_curves(conditions: dict[str, Mixing]) -> go.Figure:
     for column, name in enumerate(NAMES, start=1):
         for c, (label, table) in enumerate(tables.items()):
             rows = [row for row in table if row["index"] == name]
-            colour = COLOURS[c % len(COLOURS)]
-            x = [row["layer"] for row in rows]
-            if rows and rows[0]["low"] == rows[0]["low"]:
-                figure.add_trace(
-                    band(x, [r["low"] for r in rows], [r["high"] for r in rows], colour), row=1, col=column
-                )
-            shown = escape_hover(label)
-            figure.add_scatter(
-                x=x, y=[row["mean"] for row in rows], mode="lines+markers", name=shown, line={"color": colour},
-                marker={"size": 4}, showlegend=column == 1 and bool(label), legendgroup=label,
-                hovertemplate="layer %{x}: %{y:.3g}<extra>" + shown + "</extra>", row=1, col=column,
-            )  # fmt: skip
+            curve(figure, column, c, label, rows)
     figure.update_xaxes(title="layer")
     figure.update_yaxes(rangemode="tozero")
     figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0})

@@ -17,7 +17,7 @@ from torch import Tensor
 from sinklens.errors import BadInputError
 from sinklens.jacobians import squares_interval
 from sinklens.results import load_tensors, save_tensors
-from sinklens.statistics import interval
+from sinklens.statistics import summary
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Mixing:
         for layer in range(self.mix.shape[1]):
             for name in INDICES:
                 row: dict[str, Any] = {"layer": layer + self.info["layer"], "index": name}
-                rows.append(row | summary(getattr(self, name)[:, layer], self.tokens.documents, "mean"))
+                rows.append(row | summary(getattr(self, name)[:, layer], self.tokens.documents))
         return pd.DataFrame(rows)
 
     def distances(self, layer: int = -1) -> pd.DataFrame:
@@ -220,7 +220,7 @@ class MixingComparison:
                 for name in INDICES:
                     values, plain = (getattr(m, name)[:, layer].double() for m in (found, base))
                     row: dict[str, Any] = {"condition": label, "layer": layer + base.info["layer"], "index": name}
-                    row |= summary(values, documents, "mean")
+                    row |= summary(values, documents)
                     ratio = (values / plain).log()
                     ratio[(values <= 0) | (plain <= 0)] = math.nan
                     nothing = torch.full_like(plain, math.nan)
@@ -263,14 +263,3 @@ class MixingComparison:
         tokens = Tokens.from_parts(part("tokens."), meta["tokens"])
         pairs = enumerate(zip(meta["labels"], meta["parts"], strict=True))
         return cls({label: Mixing.from_parts(part(f"{c}."), content, tokens) for c, (label, content) in pairs})
-
-
-def summary(values: Float[Tensor, " batch"], documents: Sequence[int], name: str) -> dict[str, float]:
-    """The mean of the known values and its interval over documents, NaN where there is none."""
-    known = ~values.isnan()
-    kept = [d for d, k in zip(documents, known.tolist(), strict=True) if k]
-    span = interval(values[known], kept) if kept else None
-    low, high = span or (math.nan, math.nan)
-    start = "" if name == "mean" else f"{name}_"
-    mean = float(values[known].double().mean()) if kept else math.nan
-    return {name: mean, f"{start}low": low, f"{start}high": high}

@@ -30,7 +30,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import block_output
-from sinklens.collapse import curve, summary
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import EMBED
@@ -38,6 +37,7 @@ from sinklens.mixing_setup import Conditions, Places, Sinks, conditions_of, sink
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
+from sinklens.statistics import summary
 from sinklens.tokens import Tokens, as_tokens
 from sinklens.vocabulary import vocabulary
 
@@ -119,7 +119,7 @@ class Perturbation:
         """Over depth the mean relative change with its interval, and its ratio to base: median, 5 to 95 % of swaps."""
         from plotly.subplots import make_subplots
 
-        from sinklens.plots import INK, themed
+        from sinklens.plots import INK, curve, themed
 
         table = self.to_dataframe().to_dict("records")
         titles = ("relative change of other tokens", "times base: median, 5 to 95 % of swaps")[: len(self.labels)]

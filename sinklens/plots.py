@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,28 @@ def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], colour: 
     """The area between two curves, without legend or hover."""
     return go.Scatter(
         x=[*x, *reversed(x)], y=[*high, *reversed(low)], fill="toself", line={"width": 0}, fillcolor=colour,
-        opacity=0.18, showlegend=False, hoverinfo="skip",
+        opacity=0.18, showlegend=False, hoverinfo="skip", mode="none",
+    )  # fmt: skip
+
+
+def curve(
+    figure: go.Figure,
+    column: int,
+    colour: int,
+    label: str,
+    rows: Sequence[dict[Any, Any]],
+    names: tuple[str, str, str] = ("mean", "low", "high"),
+) -> None:
+    """A line over layers in one panel, with a band where there is one; ``names``: its value, low and high in rows."""
+    tint, shown = COLOURS[colour % len(COLOURS)], escape_hover(label)
+    x = [row["layer"] for row in rows]
+    y, low, high = ([row[name] for row in rows] for name in names)
+    if not any(math.isnan(value) for value in low):
+        figure.add_trace(band(x, low, high, tint), row=1, col=column)
+    figure.add_scatter(
+        x=x, y=y, mode="lines+markers", name=shown, line={"color": tint}, marker={"size": 4}, legendgroup=label,
+        showlegend=column == 1 and bool(label), row=1, col=column,
+        hovertemplate="layer %{x}: %{y:.3g}<extra>" + shown + "</extra>",
     )  # fmt: skip
 
 

@@ -54,6 +54,19 @@ def interval(
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+def summary(values: Float[Tensor, " item"], documents: Sequence[int], name: str = "") -> dict[str, float]:
+    """The mean of what is finite, and its 95 % interval over documents; NaN where there is none.
+
+    Keys: ``mean, low, high``, or ``name, name_low, name_high``.
+    """
+    known = values.isfinite()
+    kept = [d for d, k in zip(documents, known.tolist(), strict=True) if k]
+    low, high = (interval(values[known], kept) if kept else None) or (math.nan, math.nan)
+    mean = float(values[known].double().mean()) if kept else math.nan
+    start = f"{name}_" if name else ""
+    return {name or "mean": mean, f"{start}low": low, f"{start}high": high}
+
+
 def rank_correlation(
     x: Sequence[float],
     y: Sequence[float],
