@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
     from sinklens.mixing import compare_mixing, measure_mixing
+    from sinklens.mixing_page import write_mixing
     from sinklens.mixing_result import Mixing, MixingComparison
     from sinklens.models import load_model
     from sinklens.neurons import Neurons, writer_neurons
@@ -129,6 +130,7 @@ _HOMES = {
     "trace_sinks": "trace",
     "write_decomposition": "decompose_page",
     "write_experiment": "experiment_page",
+    "write_mixing": "mixing_page",
     "write_scan": "scan",
     "write_sinks": "sink_page",
     "write_trace": "trace_page",
@@ -205,6 +207,7 @@ __all__ = [
     "trace_sinks",
     "write_decomposition",
     "write_experiment",
+    "write_mixing",
     "write_scan",
     "write_sinks",
     "write_trace",

@@ -28,6 +28,7 @@ from sinklens.cli_common import (
 )
 from sinklens.cli_decompose import decompose
 from sinklens.cli_interventions import ablate, bos
+from sinklens.cli_mix import mix
 from sinklens.cli_trace import trace
 from sinklens.embedded import CATALOGUE, DEFAULT_MODEL
 from sinklens.errors import BadInputError
@@ -196,6 +197,7 @@ app.command()(ablate)
 app.command()(bos)
 app.command()(decompose)
 app.command()(trace)
+app.command()(mix)
 
 
 if __name__ == "__main__":

@@ -88,3 +88,15 @@ def check_out(out: Path | None) -> None:
 def plain(text: str) -> str:
     """Text that rich does not read as markup."""
     return text.replace("[", r"\[")
+
+
+def numbers_of(words: str | None, option: str, example: str) -> tuple[float, ...]:
+    """Numbers between commas.
+
+    Raises:
+        BadInputError: something else.
+    """
+    try:
+        return tuple(float(part) for part in words.split(",")) if words else ()
+    except ValueError:
+        raise BadInputError(f"{option} takes numbers between commas, such as {example}; got {words!r}") from None

@@ -20,6 +20,7 @@ from sinklens.cli_common import (
     TextOption,
     check_out,
     friendly,
+    numbers_of,
     plain,
     say_written,
     source_of,
@@ -54,7 +55,7 @@ def trace(
 
     if kind not in KINDS:
         raise BadInputError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    factors = _factors(doses)
+    factors = numbers_of(doses, "--doses", "0,0.5,2")
     check_out(out)
     source = source_of(text, corpus, Context.natural)
     loaded = sl.load_model(model)
@@ -84,13 +85,6 @@ def trace(
     if out is not None:
         command = ["sinklens", *sys.argv[1:]]
         say_written(sl.write_trace(result, out, planted=planted, neurons=split, scores=scores, command=command))
-
-
-def _factors(doses: str | None) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in doses.split(",")) if doses else ()
-    except ValueError:
-        raise BadInputError(f"--doses takes numbers between commas, such as 0,0.5,2; got {doses!r}") from None
 
 
 def show(result: Any) -> None:
