@@ -26,7 +26,7 @@ from sinklens.verdicts import quantity
 MODELS = ("smollm2-135m", "gemma3-270m")
 PIECES = ("conditions", "twin", "swaps", "collapse", "lengths", "bound")
 DOCUMENTS, LENGTH, PROBES = 16, 32, 4
-DOSES = (0.5, 2.0, 4.0)
+DOSES = (0.5, 2.0)
 LENGTHS = {64: (12, 2), 128: (10, 2), 256: (8, 2), 512: (6, 2), 1024: (4, 2)}  # tokens: sampled columns, probes
 FIRST = "first token masked in every layer"
 SWAPS, SWAP_LENGTH = 112, 64
@@ -51,7 +51,7 @@ def edits(model: TransformerBridge, sinks: sl.SinkMap) -> dict[str, Any]:
         found["without secondary sinks"] = sl.ablate_sinks(model, sinks.secondary)
         found["without any sink"] = sl.ablate_sinks(model, sinks)
     found[FIRST] = sl.ablate_sinks(model, [0])
-    found |= controls(model, sinks.tokens, found, {"without the primary": ("noise", "mlp"), FIRST: ("noise",)})
+    found |= controls(model, sinks.tokens, found, {"without the primary": ("noise",), FIRST: ("noise",)})
     for dose in DOSES:
         found[f"primary x {dose:g}"] = sl.ablate_sinks(model, sinks.primary, "scale", g=dose)
     return found
@@ -131,7 +131,7 @@ def write(store: Path) -> None:
         f"tokens of {DOCUMENTS} documents of `python-docs`, {PROBES} probes, unless said otherwise; intervals: 95 % "
         "over documents (they contain the probes' error). S: the sinks found in 512 tokens of each document, the same "
         "in every condition. Ratios are paired: the mean of log(edited / base) over documents, as a factor. *Noise* "
-        "and *smaller MLPs* are no sinks and cost the same loss on the same tokens as the edit that they name. The "
+        "in the stream is no sink and costs the same loss on the same tokens as the edit that it is matched to. The "
         "models are 4-bit GGUF weights, dequantised.",
     ]
     for name in MODELS:

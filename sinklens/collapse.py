@@ -214,4 +214,4 @@ def _curves(found: Collapse) -> Figure:
         f"How alike tokens become, {len(found.tokens)} sequence(s)<br><sup>tokens that are no sink; S: "
         f"{escape_hover(str(found.info.get('sinks')))}; bands: 95 % over documents, where there are 16</sup>"
     )
-    return themed(figure, title, height=440)
+    return themed(figure, title, height=440).update_layout(margin={"t": 100})

@@ -36,7 +36,7 @@ def index_curves(conditions: dict[str, Mixing]) -> go.Figure:
         f"Mixing over depth, {len(first.tokens)} sequence(s)<br><sup>"
         f"{escape_hover(first.info['definition'])}; means over tokens that are no sink</sup>"
     )
-    return themed(figure, title, height=440)
+    return themed(figure, title, height=440).update_layout(margin={"t": 100})
 
 
 def sensitivity_map(found: Mixing, sequence: int, layer: int) -> go.Figure:

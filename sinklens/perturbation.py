@@ -157,7 +157,10 @@ class Perturbation:
         others = _others(p, len(words), self.sinks[b], self.info["causal"])
         most = float(self.relative[:, n][..., others].double().quantile(0.99))
         shown = [escape_hover(label) for label in self.labels]
-        figure = make_subplots(rows=len(shown), cols=1, subplot_titles=shown, shared_xaxes=True)
+        height = 190 + len(shown) * max(150, 6 * self.relative.shape[2])
+        figure = make_subplots(
+            rows=len(shown), cols=1, subplot_titles=shown, shared_xaxes=True, vertical_spacing=34 / height
+        )
         hover = [f"position {i}: {word}" + " (sink)" * (i in self.sinks[b]) for i, word in enumerate(words)]
         text = "%{text}<br>layer %{y}: %{z:.3g}<extra></extra>"
         for row, z in enumerate(self.relative[:, n, :, : len(words)].tolist(), start=1):
@@ -173,7 +176,7 @@ class Perturbation:
         figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": most, "colorbar": bar})
         title = f"What one token changes: {escape_hover(self.tokens.sources[b])}, position {p}: {words[p]} → {new}"
         under = "<br><sup>relative change of block outputs; colours saturate at the 99 % quantile of other tokens</sup>"
-        return themed(figure, title + under, height=170 + len(shown) * max(150, 12 * self.relative.shape[2]))
+        return themed(figure, title + under, height=height).update_layout(margin={"t": 110})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything as one safetensors file, whole or not at all."""
