@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.models import untrained_twin
+from sinklens.sinks import from_scores
 from sinklens.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")
@@ -34,10 +35,14 @@ COLLAPSE_LENGTH = 256
 BOUND = (3, 24)  # documents, tokens
 
 
-def prefixes(model: TransformerBridge, length: int, documents: int = DOCUMENTS) -> sl.SinkMap:
+def prefixes(model: TransformerBridge, store: Path, length: int, documents: int = DOCUMENTS) -> sl.SinkMap:
     """Sinks in the first tokens of documents with a secondary sink among them (where too few have one: any)."""
-    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=max(256, length))
-    sinks = sl.find_sinks(model, tokens)
+    path = store / f"{model.cfg.model_name}-scores.safetensors"
+    if not path.is_file():
+        tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+        sl.sink_scores(model, tokens).save(path)
+    sinks = from_scores(sl.SinkScores.load(path))
+    tokens = sinks.tokens
     early = {s.sequence: s.position for s in reversed(sinks.secondary.sinks)}
     holding = [b for b in sorted(early, key=lambda b: early[b]) if early[b] < length - 4]
     rest = [b for b in range(len(tokens)) if b not in holding]
@@ -84,7 +89,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         return path if (not wanted or piece.partition("@")[0] in wanted) and not path.is_file() else None
 
     if path := due("conditions"):
-        sinks = prefixes(model, LENGTH)
+        sinks = prefixes(model, store, LENGTH)
         made = edits(model, sinks)
         lines = []
         for label, hooks in {"base": [], **made}.items():
@@ -94,18 +99,18 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         frame.to_csv(store / f"{name}-losses.csv", index=False)
         sl.compare_mixing(model, sinks.tokens, made, sinks=sinks, probes=PROBES).save(path)
     if path := due("twin"):
-        sinks = prefixes(model, LENGTH)
+        sinks = prefixes(model, store, LENGTH)
         twin = untrained_twin(model)
         same = [sorted(set(sinks.positions(b))) for b in range(len(sinks.tokens))]
         sl.measure_mixing(twin, sinks.tokens, sinks=same, probes=PROBES).save(path)
     if path := due("swaps"):
-        sinks = prefixes(model, SWAP_LENGTH)
+        sinks = prefixes(model, store, SWAP_LENGTH)
         made = {"without the primary": sl.ablate_sinks(model, sinks.primary)}
         made[FIRST] = sl.ablate_sinks(model, [0])
         made |= controls(model, sinks.tokens, made, {"without the primary": ("noise",), FIRST: ("noise",)})
         sl.perturbation_spread(model, sinks.tokens, made, sinks=sinks, n_swaps=SWAPS).save(path)
     if path := due("collapse"):
-        sinks = prefixes(model, COLLAPSE_LENGTH, 32)
+        sinks = prefixes(model, store, COLLAPSE_LENGTH, 32)
         made = {"without the primary": sl.ablate_sinks(model, sinks.primary)}
         if len(sinks.secondary):
             made["without secondary sinks"] = sl.ablate_sinks(model, sinks.secondary)
@@ -114,7 +119,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         sl.measure_collapse(model, sinks.tokens, made, sinks=sinks).save(path)
     if path := due("bound", "parquet"):
         documents, length = BOUND
-        sinks = prefixes(model, length, documents)
+        sinks = prefixes(model, store, length, documents)
         sl.path_sums(model, sinks.tokens, sinks=sinks).save(path)
     for length, (most, probes) in LENGTHS.items():
         if path := due(f"lengths@{length}"):
