@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,22 +128,23 @@ class Causes:
         """What becomes of the primary when the secondary sinks of its sequence are not written.
 
         Whatever writes at least 5 % of them is replaced at all of them by its mean over tokens of the same id; where
-        many layers write, replacing the largest alone would leave the sinks in place. None where the sequence lacks a
-        primary or a secondary.
+        many layers write, replacing the largest alone would leave the sinks in place. The mean itself is put there, not
+        the difference to what stood there: what feeds a writer is replaced too, so less than that may stand there by
+        then, and the same sink may have several phases. None where the sequence lacks a primary or a secondary.
         """
         position = self.own.found.strongest[sequence]
         secondary = [one for one in traced if one.sequence == sequence and one.kind == "secondary"]
         edits = []
         for one in secondary:
             for component in _writing(one, PART):
-                delta = self._delta(one, one.position, one.token_id, component, "same_id")
-                edits.append(Row(component, (one.position,), delta))
+                stands = self._same_id(one.token_id)[self.own.components.index(component)]
+                edits.append(Row(component, (one.position,), instead=stands[None]))
         if position is None or not edits:
             return None
         ids = self.own.found.tokens[sequence].trim().ids.to(self.model.cfg.device)
         for edit in edits:
             self._check(ids, edit.component, edit.positions[0])
-        whole = Row(edits[0].component, edits[0].positions, edits[0].delta, also=tuple(edits[1:]))
+        whole = replace(edits[0], also=tuple(edits[1:]))
         tracked = [position, *sorted({one.position for one in secondary} - {position})]
         seen = run_rows(self.model, ids, [Row(None), whole], tracked, self.own.no_sink[sequence])
         found, n_layers = self.own.found, seen.margin.shape[2]

@@ -1,7 +1,8 @@
 """Several interventions on one sequence at once: each is a row of the batch, edited where one component writes.
 
 A row adds a difference to a component's output at some tokens: what is put there minus what stood there. Upstream of
-the component nothing changes, so what stood there is the clean run's.
+the component nothing changes, so what stood there is the clean run's. Not so where a run has several edits: the first
+changes what the later components write, so there the output itself is put.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ PATTERN_BYTES = 2**28  # of one layer's patterns over the rows of a batch
 class Row:
     """One intervention: ``delta`` is added to a component's output at ``positions``; None: the clean run.
 
+    ``instead``: what stands there afterwards, whatever edits before it have changed (in the place of ``delta``);
     ``where``: another hook than the one at which the component writes, such as its neurons' activations; ``also``:
     further edits of the same run.
     """
@@ -39,6 +41,7 @@ class Row:
     delta: Float[Tensor, "position features"] | None = None
     where: str | None = None
     also: tuple[Row, ...] = ()
+    instead: Float[Tensor, "position features"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +138,10 @@ def _run(
             new = tensor.clone()
             view = new.view(len(rows), length, -1)
             for r, row in changes:
-                assert row.delta is not None
-                view[r, list(row.positions)] += row.delta.to(new)
+                if row.delta is not None:
+                    view[r, list(row.positions)] += row.delta.to(new)
+                if row.instead is not None:
+                    view[r, list(row.positions)] = row.instead.to(new)
             return new
 
         return hook
@@ -158,7 +163,7 @@ def _run(
     by_hook: dict[str, list[tuple[int, Row]]] = {}
     for r, whole in enumerate(rows):
         for row in (whole, *whole.also):
-            if row.component is not None and row.delta is not None:
+            if row.component is not None:
                 by_hook.setdefault(row.where or writing_hook(model, row.component), []).append((r, row))
     hooks: list[Any] = [(name, edit(changes)) for name, changes in by_hook.items()]
     if state_layer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ SIZE, LAYERS, LENGTH = 16, 10, 100
 WRITES_Y, WRITES_X, ERASES_X = 0, 3, 7
 
 
-def planted_writers(erase: bool = True) -> TransformerBridge:
+def planted_writers(erase: bool = True, change: Callable[[Any], None] | None = None) -> TransformerBridge:
     """Token Y gets a direction from one neuron of MLP 0, token X the same one from MLP 3 (and loses it in MLP 7).
 
-    Every head's key reads that direction, every query asks for it (b_Q); nothing else moves the stream.
+    Every head's key reads that direction, every query asks for it (b_Q); nothing else moves the stream. ``change`` has
+    the last word on the host's weights.
     """
     config = tf.GPT2Config(
         vocab_size=12, n_positions=256, n_embd=SIZE, n_layer=LAYERS, n_head=2, n_inner=8, bos_token_id=1,
@@ -63,6 +65,8 @@ def planted_writers(erase: bool = True) -> TransformerBridge:
             scale = math.sqrt((SIZE + 40.0**2) / SIZE)  # LN divides by this at X
             mlp.c_fc.weight[:, 1] = embedding[X] / SIZE * scale
             mlp.c_proj.weight[1] = -40.0 * direction
+        if change is not None:
+            change(model)
     return sl.load_model(model)
 
 
