@@ -108,7 +108,9 @@ def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
     doses = [alpha.get(f"alpha at dose {d}", math.nan) for d in ("0.5", "1", "2")]
     if not any(math.isnan(a) for a in doses) and doses[1] != doses[0]:
         ratio = (doses[2] - doses[1]) / (doses[1] - doses[0])
-        numbers.append({"quantity": "saturation", "mean": ratio, "low": math.nan, "high": math.nan, "n": len(by_dose)})
+        known = _documents([r for r in by_dose if r["dose"] == 1])
+        row = {"quantity": "saturation", "mean": ratio, "low": math.nan, "high": math.nan}
+        numbers.append(row | {"n": len(known), "documents": len(set(known))})
     return Verdict(
         "norm",
         "the norm of what the writer adds sets the sink's mass and lifetime",
