@@ -41,9 +41,9 @@ def reading_heads(
     Returns:
         One row per (layer, head): ``beta``: mean far importance over the sinks alive in the layer, ``null``: its mean
         over the draws, ``sinks``: how many are alive, ``p`` (one-sided, ``(1 + #{null >= beta}) / (1 + n)``), ``reads``
-        (significant at the level). Layers in which no sink is alive have no rows. The smallest p is
-        ``1 / (1 + permutations)``, so more heads need more permutations. ``reads.mean()`` is the share of reading
-        heads.
+        (significant at the level). Layers in which no sink is alive, or none has a far importance, have no rows. The
+        smallest p is ``1 / (1 + permutations)``, so more heads need more permutations. ``reads.mean()`` is the share
+        of reading heads.
 
     Cost: no forward.
 
@@ -61,7 +61,9 @@ def reading_heads(
         raise BadInputError(f"null is any or same_id, got {null!r}")
     draw = torch.Generator().manual_seed(seed)
     taken = set(sinks.places or ())
-    known = ~scores.beta[:, 0, 0].isnan()
+    defined = ~scores.beta[:, :, 0].isnan()
+    short = ~defined.any(0).any(1)  # windows without far queries
+    known = (defined | short[:, None]).all(1) & defined.any(1)
     by_id = _places_of_ids(sinks, known, {s.token_id for s in chosen}, taken) if null == "same_id" else {}
     totals: dict[int, Float[Tensor, "draw head"]] = {}
     counts: dict[int, int] = {}
@@ -81,10 +83,15 @@ def reading_heads(
         picked = torch.tensor(free)[torch.randint(len(free), (permutations,), generator=draw)]
         rows, columns = torch.cat([torch.tensor([[b, sink.position]]), picked]).unbind(1)
         for layer in (n for first, last, _ in sink.episodes for n in range(first, last + 1)):
+            if not bool(defined[b, layer, sink.position]):
+                continue
             totals[layer] = totals.get(layer, 0) + scores.beta[rows, layer, :, columns].double()
             counts[layer] = counts.get(layer, 0) + 1
     if not totals:
-        raise BadInputError("every token of these ids is a sink: there is none to draw; use null='any'")
+        raise BadInputError(
+            f"there is none to draw: no {kind} sink has a far importance and a token that can stand in its place (with "
+            f"null='same_id', one of its id that is no sink)"
+        )
     found = []
     for layer in sorted(totals):
         means = totals[layer] / counts[layer]
@@ -95,7 +102,7 @@ def reading_heads(
                 {"layer": layer, "head": head, "beta": own, "null": float(drawn.mean()), "sinks": counts[layer], "p": p}
             )
     table = pd.DataFrame(found)
-    adjusted = false_discovery_control([p if p == p else 1.0 for p in table.p.tolist()])
+    adjusted = false_discovery_control(table.p.tolist())
     table["reads"] = [bool(q <= level + math.ulp(1.0)) for q in adjusted]
     return table
 
