@@ -140,13 +140,13 @@ def writer_neurons(
             some = against.nonzero().flatten().tolist()[-COMPARED:]
             layer = _Layer(model, component[1], ids, one.position, some)
             amounts, bias = layer.split(one.direction)
-            order = amounts.argsort(descending=True)
             whole = float(amounts.sum()) + bias
+            order = (amounts / whole).argsort(descending=True)  # a writer's whole is negative where the projection is
             typical = layer.activations[no_sink].mean(0)
             alike = layer.activations[same].mean(0) if bool(same.any()) else torch.full_like(typical, torch.nan)
             triggers = layer.triggers()
             running = amounts[order].cumsum(0)
-            carried = (running >= CARRY * whole).nonzero().flatten()
+            carried = (running / whole >= CARRY).nonzero().flatten()
             for rank, f in enumerate(order[:shown].tolist()):
                 row = {"neuron": f, "activation": float(layer.activations[one.position, f])}
                 row |= {"ordinary": float(typical[f]), "same_id": float(alike[f]), "contribution": float(amounts[f])}
