@@ -82,9 +82,11 @@ def writer_subspace(
     Cost: one forward per sequence up to the MLP. Memory: one input per sink and at most 16 per id and sequence.
 
     Raises:
-        BadInputError: no MLP writes such sinks, or fewer than 8 of them in the fitted half.
+        BadInputError: no MLP writes such sinks, fewer than 8 of them in the fitted half, or no size up to 6.
         UnsupportedModelError: the host's MLP cannot be run on given inputs.
     """
+    if not 1 <= min(sizes, default=0) <= PUBLISHED:
+        raise BadInputError(f"sizes must begin at 1 to {PUBLISHED} components (as published), got {sizes}")
     shares = _mlp_shares(trace, kind)
     if layer is None:
         if not shares or max(sum(entry.values()) for entry in shares.values()) <= 0:
