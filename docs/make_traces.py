@@ -32,7 +32,7 @@ LENGTH, SHORTEST = 512, 64
 DOSES = (0.0, 0.5, 2.0, 4.0)
 LONG = {2048: 4, 4096: 4, 8192: 3}  # tokens, texts: python-docs holds no more of the longest
 SPLIT = 16
-PIECES = ("trace", "causal", "neurons", "subspace", "planted", "long")
+PIECES = ("trace", "causal", "primaries", "neurons", "subspace", "planted", "long")
 
 
 def run(name: str, store: Path, wanted: list[str]) -> None:
@@ -55,6 +55,10 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         sl.trace_sinks(model, tokens, sinks, causal=False).save(path("trace"))
     if due("causal"):
         causal(model, tokens, sinks).save(path("causal"))
+    if due("primaries"):
+        chosen = tokens[causal_sequences(sinks)]
+        found = sl.find_sinks(model, chosen).where(kind="secondary")
+        sl.trace_sinks(model, chosen, found, most_proven=0).save(path("primaries"))
     if due("neurons"):
         trace = sl.SinkTrace.load(path("trace"))
         neurons(model, trace, store / f"{name}-neurons")
@@ -177,7 +181,10 @@ def model_parts(name: str, store: Path) -> list[str]:
         verdicts += tried(function, {"all": trace, **{half: trace.part(d) for half, d in halves.items()}})
     if proof is not None:
         verdicts += [("one per document", sl.norm_and_mass(proof))]
-        verdicts += tried(sl.primary_weakening, {"all": proof, **{half: proof.part(d) for half, d in halves.items()}})
+    primaries_path = store / f"{name}-primaries.safetensors"
+    if primaries_path.is_file():
+        alone = sl.SinkTrace.load(primaries_path)
+        verdicts += tried(sl.primary_weakening, {"all": alone, **{half: alone.part(d) for half, d in halves.items()}})
     parts.append(f"### {name}: the claims about secondary sinks")
     parts.append(claims(verdicts))
     subspace = store / f"{name}-subspace-numbers.csv"

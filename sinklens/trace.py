@@ -64,7 +64,8 @@ def trace_sinks(
         replacements: of a writer's output at the sink: "same_id" (its mean over tokens of the same id that are no
             sink; the verdict's), "zero", "mean" (over ordinary tokens), "project" (its part along u removed).
         doses: also rescale the writer's output at the sink by these factors.
-        most_proven: prove at most so many sinks of each kind per sequence, drawn at random; default all.
+        most_proven: prove at most so many sinks of each kind per sequence, drawn at random; default all. With 0 the
+            primaries without secondary sinks are all that is run.
         loss: measure the change of loss of every replacement too.
         seed: of the controls' draws.
         progress: show bars.
@@ -78,8 +79,8 @@ def trace_sinks(
         UnsupportedModelError: what components write cannot be told apart or replaced.
     """
     facts = capabilities(model)
-    if most_proven is not None and most_proven < 1:
-        raise BadInputError(f"most_proven must be at least 1, got {most_proven}; causal=False proves nothing")
+    if most_proven is not None and most_proven < 0:
+        raise BadInputError(f"most_proven must be at least 0, got {most_proven}; causal=False proves nothing")
     wrong = set(replacements) - set(REPLACEMENTS)
     if wrong:
         raise BadInputError(f"replacements must be of {', '.join(REPLACEMENTS)}, got {sorted(wrong)}")

@@ -260,3 +260,14 @@ def test_the_primary_without_secondary_sinks_is_the_host_run_without_what_writes
                 assert entry[f"secondary_alpha{name}"][n] == pytest.approx(others, abs=1e-5)
     moved = max(abs(a - b) for e in trace.primaries for a, b in zip(e["margin"], e["margin_without"], strict=True))
     assert moved > 1e-2  # or the margins above would agree whatever was run
+
+
+def test_primaries_alone_may_be_run() -> None:
+    model = planted_writers()
+    whole, alone = (sl.trace_sinks(model, texts(3), most_proven=n, progress=False) for n in (1, 0))
+    assert not alone.causes
+    assert whole.causes
+    assert alone.primaries
+    assert list(alone.primaries) == list(whole.primaries)
+    with pytest.raises(sl.BadInputError, match="at least 0"):
+        sl.trace_sinks(model, texts(3), most_proven=-1)
