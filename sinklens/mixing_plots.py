@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from sinklens.mixing_result import Mixing
 
 NAMES = {
-    "mix": "mix: from other tokens that are no sink",
-    "via_sink": "via_sink: from the sinks",
-    "spread": "spread: against the token's own norm",
+    "mix": "mix: other tokens",
+    "via_sink": "via_sink: sinks",
+    "spread": "spread: over own norm",
 }
 
 
