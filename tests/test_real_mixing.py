@@ -19,7 +19,7 @@ pytestmark = pytest.mark.real
 
 def test_without_its_primary_smollm2_mixes_more_than_damage_explains(smollm2: TransformerBridge, text_a: str) -> None:
     whole = sl.find_sinks(smollm2, text_a)
-    sinks = whole.cut([0], 20)
+    sinks = whole.cut([0], 12)
     assert sinks.positions(0) == [0, 10]
     without = sl.ablate_sinks(smollm2, sinks.primary)
     noise = sl.matched_damage(smollm2, sinks.tokens, without, progress=False)
@@ -33,14 +33,13 @@ def test_without_its_primary_smollm2_mixes_more_than_damage_explains(smollm2: Tr
 
 
 def test_frozen_norms_and_the_path_sum_bound_on_gemma(gemma: TransformerBridge, text_a: str) -> None:
-    ids = sl.load_tokens(gemma, [text_a]).first(6).ids
+    ids = sl.load_tokens(gemma, [text_a]).first(4).ids
     live, frozen = Stream(gemma, ids), Stream(gemma, ids, frozen_norms=True, frozen_attention=True)
     assert torch.allclose(frozen.outputs, live.outputs, rtol=1e-3, atol=1.0)
     bound = path_sum_bound(gemma, ids)
     held = Stream(gemma, ids, frozen_attention=True)
-    for layer, i, j in ((0, 3, 0), (5, 5, 2), (17, 5, 0)):
-        norm = spectral_norm(held, layer, i, j, steps=6)  # from below, so it may only be too small
-        assert 0 < norm <= float(bound[layer, i, j]) * 1.001
+    norm = spectral_norm(held, 17, 3, 0, steps=3)  # from below, so it may only be too small
+    assert 0 < norm <= float(bound[17, 3, 0]) * 1.001
 
 
 def test_an_encoder_mixes_with_both_sides(minilm: TransformerBridge, text_a: str) -> None:
