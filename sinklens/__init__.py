@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sinklens.mixing import compare_mixing, measure_mixing
     from sinklens.mixing_page import write_mixing
     from sinklens.mixing_result import Mixing, MixingComparison
+    from sinklens.mixing_sweeps import jacobian_norms, mixing_by_length
     from sinklens.models import load_model
     from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
@@ -107,11 +108,13 @@ _HOMES = {
     "decompose_sinks": "decompose",
     "find_sinks": "sinks",
     "flash": "flash_backend",
+    "jacobian_norms": "mixing_sweeps",
     "load_model": "models",
     "load_tokens": "tokens",
     "matched_damage": "damage",
     "measure_collapse": "collapse",
     "measure_mixing": "mixing",
+    "mixing_by_length": "mixing_sweeps",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
     "path_sums": "path_sum",
@@ -184,11 +187,13 @@ __all__ = [
     "decompose_sinks",
     "find_sinks",
     "flash",
+    "jacobian_norms",
     "load_model",
     "load_tokens",
     "matched_damage",
     "measure_collapse",
     "measure_mixing",
+    "mixing_by_length",
     "norm_and_mass",
     "patch_bos",
     "path_sums",

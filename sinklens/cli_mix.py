@@ -44,6 +44,7 @@ def mix(
     frozen_attention: Annotated[bool, typer.Option("--frozen-attention", help="Keep every pattern.")] = False,
     frozen_norms: Annotated[bool, typer.Option("--frozen-norms", help="Keep the scale of every norm.")] = False,
     control: Annotated[bool, typer.Option(help="Also other damage of the same loss, for costly edits.")] = True,
+    twin: Annotated[bool, typer.Option("--twin", help="Also an untrained twin: what is not learned.")] = False,
     swaps: Annotated[int, typer.Option(help="So many random exchanges of one token; 0: none.")] = 0,
     collapse: Annotated[bool, typer.Option("--collapse", help="Also how alike tokens become.")] = False,
     bound: Annotated[bool, typer.Option("--bound", help="Also the path-sum bound (slow; take few tokens).")] = False,
@@ -67,7 +68,7 @@ def mix(
     shared: dict[str, Any] = {"sinks": sinks, "seed": seed}
     found = sl.compare_mixing(
         loaded, sinks.tokens, edits, probes=probes, layer=layer, frozen_attention=frozen_attention,
-        frozen_norms=frozen_norms, **shared,
+        frozen_norms=frozen_norms, twin=twin, **shared,
     )  # fmt: skip
     show(found, losses)
     perturbed = sl.perturbation_spread(loaded, sinks.tokens, edits, n_swaps=swaps, **shared) if swaps else None

@@ -29,6 +29,7 @@ from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelErro
 from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
 from sinklens.mixing_result import INDICES, Mixing, MixingComparison
 from sinklens.mixing_setup import BASE, Conditions, Sinks, conditions_of, sinks_of
+from sinklens.models import untrained_twin
 from sinklens.proof import capabilities
 from sinklens.tokens import Tokens, as_tokens
 
@@ -142,6 +143,7 @@ def compare_mixing(
     route: str = "auto",
     most: int = MOST,
     chunk: int | None = None,
+    twin: bool = False,
     progress: bool | None = None,
 ) -> MixingComparison:
     """:func:`measure_mixing` of the model as it is ("base") and under several hook lists, with the same probes and S.
@@ -149,11 +151,18 @@ def compare_mixing(
     Args:
         conditions: hook lists by label, such as ``{"without": ablate_sinks(model, sinks)}``. A BOS that is renormalised
             away in every layer is a BOS removed, for all rows after it.
+        twin: also an untrained twin of the model (same shape, random weights, no hooks), "untrained twin": what an
+            index shows there is not learned.
 
     The other arguments, cost and errors are those of :func:`measure_mixing`.
     """
     way = _Way(probes, exact, layer, frozen_attention, frozen_norms, route, most, chunk, seed)
-    return MixingComparison(_measure(model, tokens, conditions_of(conditions), sinks, way, progress))
+    found = _measure(model, tokens, conditions_of(conditions), sinks, way, progress)
+    if twin:
+        base = found[BASE]
+        shadow = untrained_twin(model, seed)
+        found |= _measure(shadow, base.tokens, {"untrained twin": []}, base.sinks, way, progress)
+    return MixingComparison(found)
 
 
 def _measure(

@@ -166,3 +166,34 @@ def test_intervals_cover_at_their_rate(rank: int) -> None:
     low, high = chi_square_interval(squares)
     covered = ((low <= rank) & (rank <= high)).double().mean()
     assert 0.93 <= float(covered) <= 0.98
+
+
+def test_kernels_without_derivatives_are_switched_off_inside_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def enabled() -> tuple[bool, ...]:
+        cuda = torch.backends.cuda
+        return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+
+    _, model = build_pair("llama")
+    stream = Stream(model, torch.stack(random_rows((LENGTH,))))
+    before = enabled()
+    assert before[0]
+    inside = []
+    called = Stream.__call__
+
+    def watched(self: Stream, start: torch.Tensor) -> torch.Tensor:
+        inside.append(enabled())
+        return called(self, start)
+
+    monkeypatch.setattr(Stream, "__call__", watched)
+    probed_squares(stream, [1], count=2)
+    stream.pulled(1, 3, torch.eye(stream.start.shape[1])[:1])
+    assert set(inside) == {(False, False, True)}
+    assert enabled() == before
+
+    def broken(self: Stream, start: torch.Tensor) -> torch.Tensor:
+        raise ValueError("stop")
+
+    monkeypatch.setattr(Stream, "__call__", broken)
+    with pytest.raises(ValueError, match="stop"):
+        probed_squares(stream, [1], count=2)
+    assert enabled() == before

@@ -227,3 +227,50 @@ def test_bad_requests_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitting_chunk(stream) == 2
     with pytest.raises(sl.BadInputError, match="smaller chunk"):
         sl.measure_mixing(model, ids, chunk=8, progress=False)
+
+
+def test_lengths_are_comparisons_of_prefixes() -> None:
+    _, model = build_pair("llama")
+    ids = torch.stack(random_rows((9, 9)))
+    edits = {"without": sl.ablate_sinks(model, [0])}
+    table = sl.mixing_by_length(model, ids, [5, 9], edits, sinks=[0], probes=2, progress=False)
+    for n in (5, 9):
+        alone = sl.compare_mixing(model, ids[:, :n], edits, sinks=[0], probes=2, progress=False)
+        expected = alone.to_dataframe([-1])
+        mine = table[table.tokens == n].drop(columns="tokens").reset_index(drop=True)
+        assert mine.equals(expected)
+    found = sl.find_sinks(model, torch.stack(random_rows((60,))), activity=0.0, uniform_factor=1.0)
+    cut = sl.mixing_by_length(model, found.tokens, [6], sinks=found, probes=2, progress=False)
+    own = sl.measure_mixing(model, found.tokens.first(6), sinks=found.cut([0], 6), probes=2, progress=False)
+    assert cut["mean"].tolist()[0] == pytest.approx(float(own.mix[0, -1]))
+    with pytest.raises(sl.BadInputError, match="between 3 and 9"):
+        sl.mixing_by_length(model, ids, [10])
+
+
+def test_norms_of_pairs_are_those_of_the_dense_blocks() -> None:
+    _, model = build_pair("gpt2")
+    ids = torch.stack(random_rows((LENGTH,)))
+    hooks = sl.ablate_sinks(model, [0])
+    stream = Stream(model, ids, hooks)
+    whole: torch.Tensor = torch.autograd.functional.jacobian(stream, stream.start, vectorize=True)
+    table = sl.jacobian_norms(model, ids, [(0, 4, 2), (1, 6, 6)], hooks=hooks, progress=False).to_dict("records")
+    for row in table:
+        block = whole[row["layer"], row["row"], :, row["column"]].double()
+        assert row["frobenius"] == pytest.approx(float(block.norm()), rel=1e-4)
+        top = float(torch.linalg.matrix_norm(block, 2))
+        assert row["spectral"] == pytest.approx(top, rel=1e-2)
+        assert row["stable_rank"] == pytest.approx((float(block.norm()) / top) ** 2, rel=3e-2)
+    for wrong in ([], [(2, 0, 0)], [(0, 7, 0)]):
+        with pytest.raises(sl.BadInputError, match="pairs are"):
+            sl.jacobian_norms(model, ids, wrong)
+    with pytest.raises(sl.BadInputError, match="one sequence"):
+        sl.jacobian_norms(model, torch.stack(random_rows((5, 5))), [(0, 1, 0)])
+
+
+def test_an_untrained_twin_stands_beside_as_a_floor() -> None:
+    _, model = build_pair("llama")
+    ids = torch.stack(random_rows((LENGTH,)))
+    found = sl.compare_mixing(model, ids, {}, sinks=[0], probes=2, twin=True, progress=False)
+    assert list(found.conditions) == ["base", "untrained twin"]
+    assert found["untrained twin"].sinks == found["base"].sinks
+    assert not torch.equal(found["untrained twin"].mix, found["base"].mix)
