@@ -151,7 +151,8 @@ def primary_weakening(trace: SinkTrace) -> Verdict:
     secondary sink is alive, against up to 3 layers of the primary's own life on either side. ``recovered``: how they
     change in those layers when the secondary sinks are not written (whatever writes 5 % of them or more is replaced
     by its mean over tokens of the same id). Competition takes attention and leaves the margin; real weakening lowers
-    the margin.
+    the margin. ``recovered_logit``: the log odds of the primary's mean attention, in nats as the margin is; what the
+    margin does not recover of it is competition.
 
     Holds if the attention dips, recovers, and the margin does too; attention that recovers with an unchanged margin
     (within 0.1 nat) is competition, and the claim in its strong sense does not hold.
@@ -169,10 +170,12 @@ def primary_weakening(trace: SinkTrace) -> Verdict:
             inside = _average(curve, alive)
             row[f"dip_{name}"] = inside - _average(curve, near)
             row[f"recovered_{name}"] = _average(without, alive) - inside
+            if name == "alpha":
+                row["recovered_logit"] = _logit(_average(without, alive)) - _logit(inside)
         row["secondary_alpha"] = _average(entry["secondary_alpha"], alive)
         row["secondary_alpha_without"] = _average(entry["secondary_alpha_without"], alive)
         rows.append(row)
-    names = ["dip_alpha", "dip_margin", "recovered_alpha", "recovered_margin", "secondary_alpha"]
+    names = ["dip_alpha", "dip_margin", "recovered_alpha", "recovered_logit", "recovered_margin", "secondary_alpha"]
     numbers = [_mean(rows, name) for name in [*names, "secondary_alpha_without"]]
     found = {n["quantity"]: n for n in numbers}
     margin = found["recovered_margin"]
@@ -286,6 +289,10 @@ def _documents(rows: Sequence[dict[str, Any]]) -> list[int]:
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     return quantity(name, [row[name] for row in rows], _documents(rows))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share)) if 0 < share < 1 else math.nan
 
 
 def _average(values: Sequence[float], layers: Sequence[int]) -> float:

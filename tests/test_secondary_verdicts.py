@@ -250,6 +250,8 @@ def test_weakening_compares_layers_with_secondary_sinks_and_up_to_three_beside_t
     naive_mean(found, "dip_margin", [9.5 - sum(3.0 + n for n in near if n != 9) / 5] * DOCUMENTS, documents)
     back = [(e["alpha_without"][6] + e["alpha_without"][7]) / 2 for e in entries]
     naive_mean(found, "recovered_alpha", [a - b for a, b in zip(back, inside, strict=True)], documents)
+    odds = [[math.log(x / (1 - x)) for x in side] for side in (back, inside)]
+    naive_mean(found, "recovered_logit", [a - b for a, b in zip(*odds, strict=True)], documents)
     gone = [(e["margin_without"][6] + e["margin_without"][7]) / 2 - 9.5 for e in entries]
     naive_mean(found, "recovered_margin", gone, documents)
     assert found.number("recovered_margin")["mean"] == pytest.approx(0.5, abs=0.01)
