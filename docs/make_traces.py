@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ LENGTH, SHORTEST = 512, 64
 DOSES = (0.0, 0.5, 2.0, 4.0)
 LONG = {2048: 4, 4096: 4, 8192: 3}  # tokens, texts: python-docs holds no more of the longest
 SPLIT = 16
+STRONG = 0.1  # far importance that a head pays to the sinks alive, on the mean
 PIECES = ("trace", "causal", "primaries", "neurons", "subspace", "planted", "long")
 
 
@@ -196,7 +198,7 @@ def model_parts(name: str, store: Path) -> list[str]:
         details = pd.read_csv(store / f"{name}-subspace-details.csv").head(8)
         parts.append("Its principal components, alone and with either sign:\n\n" + table(details))
     scores = sl.SinkScores.load(store / f"{name}-scores.safetensors")
-    parts.append(readers(scores, sinks))
+    parts.append(readers(scores, sinks, halves))
     for piece, words in (("planted", planted), ("neurons-writers", neuron_words), ("long", long_words)):
         path = store / f"{name}-{piece}.csv"
         if path.is_file():
@@ -204,18 +206,30 @@ def model_parts(name: str, store: Path) -> list[str]:
     return parts
 
 
-def readers(scores: sl.SinkScores, sinks: sl.SinkMap) -> str:
+def readers(scores: sl.SinkScores, sinks: sl.SinkMap, halves: dict[str, list[int]]) -> str:
     """Which heads read secondary sinks, against both nulls."""
     words = {"any": "tokens drawn from the same sequence", "same_id": "tokens of the same id that are no sink"}
     lines = []
     for null, told in words.items():
         found = sl.reading_heads(scores, sinks, null=null, permutations=4999)
-        strong = found[found.beta >= 0.1]
+        strong = found[found.beta >= STRONG]
         by_layer = ", ".join(f"{layer}: {share:.2f}" for layer, share in found.groupby("layer").reads.mean().items())
         lines.append(
             f"- against {told}: {found.reads.mean():.3f} of the {len(found)} (layer, head) pairs in layers where any "
-            f"is alive; {int(strong.reads.sum())} of them pay 0.1 or more. By layer: {by_layer}."
+            f"is alive; {int(strong.reads.sum())} of them pay {STRONG} or more. By layer: {by_layer}."
         )
+    apart = {}
+    for half, documents in halves.items():
+        mine = tuple(s for s in sinks if sinks.tokens.documents[s.sequence] in documents)
+        apart[half] = sl.reading_heads(scores, replace(sinks, sinks=mine), null="same_id", permutations=4999)
+    joined = apart["discovery"].merge(apart["test"], on=["layer", "head"], suffixes=("", "_test"))
+    chosen = joined[joined.reads & (joined.beta >= STRONG)]
+    again = chosen[chosen.reads_test & (chosen.beta_test >= STRONG)]
+    lines.append(
+        f"- found in one half of the documents (reading, and paying {STRONG} or more): {len(chosen)} heads; in the "
+        f"other half {len(again)} of them again; rank correlation of what all heads pay in the two halves: "
+        f"{joined.beta.corr(joined.beta_test, method='spearman'):.3f}."
+    )
     return (
         "Heads that read secondary sinks more than others do (false discovery rate 0.05, 4999 permutations):\n\n"
         + "\n".join(lines)
