@@ -189,6 +189,14 @@ def model_parts(name: str, store: Path) -> list[str]:
         verdicts += tried(sl.primary_weakening, {"all": alone, **{half: alone.part(d) for half, d in halves.items()}})
     parts.append(f"### {name}: the claims about secondary sinks")
     parts.append(claims(verdicts))
+    regained = next((v for part, v in verdicts if (part, v.claim) == ("all", "weakening")), None)
+    if regained is not None:
+        logit, margin = (regained.number(f"recovered_{n}")["mean"] for n in ("logit", "margin"))
+        parts.append(
+            f"Claim 3 in words: without the secondary sinks the primary's attention regains {logit:.2f} nats of log odds "
+            f"where they were alive, its competitor-free margin {margin:.2f}: {margin / logit:.0%} of the change is the "
+            f"primary's own, the rest is competition for the same attention."
+        )
     subspace = store / f"{name}-subspace-numbers.csv"
     if subspace.is_file():
         parts.append(

@@ -63,6 +63,9 @@ if TYPE_CHECKING:
     from sinklens.verdicts import Verdict
     from sinklens.views import TokenView, attention_grid, attention_map
 
+__version__ = "0.1.0"
+
+# Where each public name lives. Loaded at first use: importing the host takes seconds, importing sinklens must not.
 _HOMES = {
     "Anatomy": "anatomy",
     "AttentionStatistics": "head_statistics",
