@@ -193,9 +193,9 @@ def model_parts(name: str, store: Path) -> list[str]:
     if regained is not None:
         logit, margin = (regained.number(f"recovered_{n}")["mean"] for n in ("logit", "margin"))
         parts.append(
-            f"Claim 3 in words: without the secondary sinks the primary's attention regains {logit:.2f} nats of log odds "
-            f"where they were alive, its competitor-free margin {margin:.2f}: {margin / logit:.0%} of the change is the "
-            f"primary's own, the rest is competition for the same attention."
+            f"Claim 3 in words: without the secondary sinks the primary's attention regains {logit:.2f} nats of log "
+            f"odds where they were alive, its competitor-free margin {margin:.2f}: {margin / logit:.0%} of the change "
+            f"is the primary's own, the rest is competition for the same attention."
         )
     subspace = store / f"{name}-subspace-numbers.csv"
     if subspace.is_file():
