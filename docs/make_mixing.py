@@ -97,7 +97,13 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
             lines.append({"condition": label, "loss": loss})
         frame = pd.DataFrame(lines)
         frame.to_csv(store / f"{name}-losses.csv", index=False)
-        sl.compare_mixing(model, sinks.tokens, made, sinks=sinks, probes=PROBES).save(path)
+        found = {}
+        for n, (label, hooks) in enumerate({"base": [], **made}.items()):  # the seed pairs the probes
+            part = store / f"{name}-conditions@{n}.safetensors"
+            if not part.is_file():
+                sl.measure_mixing(model, sinks.tokens, sinks=sinks, hooks=hooks, probes=PROBES).save(part)
+            found[label] = sl.Mixing.load(part)
+        sl.MixingComparison(found).save(path)
     if path := due("twin"):
         sinks = prefixes(model, store, LENGTH)
         twin = untrained_twin(model)
@@ -159,7 +165,7 @@ def model_parts(name: str, store: Path) -> list[str]:
     for piece, words in (
         ("conditions", condition_words), ("swaps", swap_words), ("collapse", collapse_words), ("bound", bound_words),
     ):  # fmt: skip
-        path = next(store.glob(f"{name}-{piece}.*"), None)
+        path = next(store.glob(f"{name}-{piece}.[sp]*"), None)
         if path is not None:
             parts += words(path)
     lengths = {n: store / f"{name}-lengths@{n}.safetensors" for n in LENGTHS}
