@@ -269,8 +269,8 @@ def collapse_words(path: Path) -> list[str]:
     rows = found.to_dataframe().to_dict("records")
     layers = depths(found.values.shape[2])
     parts = [
-        "How alike tokens become. An edit of the sink makes another token massive, which is not in S and swamps the raw "
-        "rows (`no_sink`): compare conditions by the rows of norm 1 (`no_sink_unit`)."
+        "How alike tokens become. An edit of the sink makes another token massive, which is not in S and swamps the "
+        "raw rows (`no_sink`): compare conditions by the rows of norm 1 (`no_sink_unit`)."
     ]
     for measure in dict.fromkeys(r["measure"] for r in rows):
         lines = []
