@@ -178,10 +178,7 @@ def primary_weakening(trace: SinkTrace) -> Verdict:
     names = ["dip_alpha", "dip_margin", "recovered_alpha", "recovered_logit", "recovered_margin", "secondary_alpha"]
     numbers = [_mean(rows, name) for name in [*names, "secondary_alpha_without"]]
     found = {n["quantity"]: n for n in numbers}
-    margin = found["recovered_margin"]
-    weakened = above(margin, SAME)
-    if weakened is None and margin["high"] < SAME:
-        weakened = False
+    weakened = above(found["recovered_margin"], SAME)
     back = above(found["dip_alpha"], 0.0)
     dips = None if back is None else not back
     return Verdict(
