@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-latest architectures lint clean
 
 # Everything lands in .venv; nothing else on the machine is touched but the model cache.
 setup: .venv/ready
@@ -18,10 +18,24 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# The table of docs/architectures.md, from the run of its tests.
+architectures: setup
+	$(BIN)/python -m pytest tests/test_architectures.py -p no:xdist --architectures-table
+
+# The matrix of architectures on the newest TransformerLens and transformers, in an environment of its own.
+test-latest:
+	$(PYTHON) -m venv .venv-latest
+	grep "^torch==" constraints.txt > .venv-latest/constraints.txt
+	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-latest/constraints.txt -e ".[dev]"
+	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-latest/constraints.txt \
+		--upgrade transformer-lens transformers
+	.venv-latest/bin/python -m pip list 2>/dev/null | grep -iE "^(transformer-lens|transformers|torch) "
+	.venv-latest/bin/python -m pytest -n 2 --dist worksteal tests/test_architectures.py tests/test_proof.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-latest demo

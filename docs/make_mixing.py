@@ -28,7 +28,7 @@ MODELS = ("smollm2-135m", "gemma3-270m")
 PIECES = ("conditions", "twin", "swaps", "collapse", "lengths", "bound")
 DOCUMENTS, LENGTH, PROBES = 16, 32, 4
 DOSES = (0.5, 2.0)
-LENGTHS = {64: (12, 2), 128: (10, 2), 256: (8, 2), 512: (6, 2), 1024: (4, 2)}  # tokens: sampled columns, probes
+LENGTHS = {64: (6, 2), 128: (6, 2), 256: (4, 2), 512: (3, 2), 1024: (2, 2)}  # tokens: sampled columns, probes
 FIRST = "first token masked in every layer"
 SWAPS, SWAP_LENGTH = 112, 64
 COLLAPSE_LENGTH = 256
@@ -207,6 +207,7 @@ def condition_words(path: Path) -> list[str]:
             lines.append(row)
         parts.append(f"`{index}` (base: the value; edited: the factor on it):\n\n{table(pd.DataFrame(lines))}")
     parts.append(verdict(found, losses))
+    parts.append(account(found))
     near = found.distances().to_dict("records")
     spans = sorted({(r["distance"], r["to"]) for r in near})
     cells = {(r["condition"], r["distance"]): r["mean"] for r in near}
@@ -216,6 +217,52 @@ def condition_words(path: Path) -> list[str]:
     ]
     parts.append(f"Mean `|J_ij|_F^2` at the last layer by distance:\n\n{table(pd.DataFrame(lines))}")
     return parts
+
+
+def runs(layers: list[int]) -> str:
+    """Layers as ranges."""
+    if not layers:
+        return "none"
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
+
+
+def account(found: sl.MixingComparison) -> str:
+    """Whether sinks hold back mixing: where taking the primary away mixes more than base and than equal damage."""
+    label, rows = "without the primary", found.to_dataframe().to_dict("records")
+    control = next((c for c in found.conditions if c.endswith(f"same loss as {label}")), None)
+    lines = [
+        "Does the over-mixing account hold (without its primary sink the model mixes more, also than one that was "
+        "damaged to the same loss by noise; intervals apart from 0)?",
+        "",
+    ]
+    for index in ("mix", "spread"):
+        mine = {r["layer"]: r for r in rows if (r["condition"], r["index"]) == (label, index)}
+        more = [n for n, r in mine.items() if r["log_ratio_low"] > 0]
+        beyond, short = [], []
+        for n in mine:
+            if control is not None:
+                a, b = (getattr(found[c], index)[:, n].double() for c in (label, control))
+                row = quantity("", (a / b).log().tolist(), list(found[label].tokens.documents))
+                beyond += [n] if row["low"] > 0 else []
+                short += [n] if row["high"] < 0 else []
+        holds = [n for n in beyond if n in more]
+        lines.append(
+            f"- `{index}`: holds in layers {runs(holds)}; more than base, but not surely more than noise of the same "
+            f"loss, in {runs([n for n in more if n not in holds])}; noise of the same loss mixes surely more in "
+            f"{runs(short)}."
+        )
+    for dose, sign in ((0.5, 1), (2.0, -1)):
+        told = []
+        for index in ("mix", "spread"):
+            mine = [r for r in rows if (r["condition"], r["index"]) == (f"primary x {dose:g}", index)]
+            right = sum((r["log_ratio_low"] > 0) if sign > 0 else (r["log_ratio_high"] < 0) for r in mine)
+            wrong = sum((r["log_ratio_high"] < 0) if sign > 0 else (r["log_ratio_low"] > 0) for r in mine)
+            told.append(f"{index} in {right} of {len(mine)} layers (the other way in {wrong})")
+        words = "half the sink, more mixing" if sign > 0 else "twice the sink, less mixing"
+        lines.append(f"- Dose, {words}: {', '.join(told)}.")
+    return "\n".join(lines)
 
 
 def verdict(found: sl.MixingComparison, losses: dict[str, float]) -> str:

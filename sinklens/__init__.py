@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
     from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
+    from sinklens.self_test import SelfTest, check_model
     from sinklens.sink_page import write_sinks
     from sinklens.sinkmap import Sink, SinkMap
     from sinklens.sinks import compare_methods, find_sinks
@@ -83,6 +84,7 @@ _HOMES = {
     "Neurons": "neurons",
     "PathSums": "path_sum",
     "Perturbation": "perturbation",
+    "SelfTest": "self_test",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
     "SinkMap": "sinkmap",
@@ -105,6 +107,7 @@ _HOMES = {
     "attention_statistics": "head_statistics",
     "bos_variants": "variants",
     "capabilities": "proof",
+    "check_model": "self_test",
     "compare_contexts": "contexts",
     "compare_methods": "sinks",
     "compare_mixing": "mixing",
@@ -162,6 +165,7 @@ __all__ = [
     "Neurons",
     "PathSums",
     "Perturbation",
+    "SelfTest",
     "Sink",
     "SinkDecomposition",
     "SinkMap",
@@ -184,6 +188,7 @@ __all__ = [
     "attention_statistics",
     "bos_variants",
     "capabilities",
+    "check_model",
     "compare_contexts",
     "compare_methods",
     "compare_mixing",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from sinklens.cli_check import check
 from sinklens.cli_common import (
     Context,
     ContextOption,
@@ -198,6 +199,7 @@ app.command()(bos)
 app.command()(decompose)
 app.command()(trace)
 app.command()(mix)
+app.command()(check)
 
 
 if __name__ == "__main__":

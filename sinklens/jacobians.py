@@ -139,7 +139,7 @@ class Stream:
             return torch.func.jvp(self, (self.start,), (v,))[1]
 
         for first in range(0, len(tangents), chunk):
-            with torch.no_grad(), _plain_kernels(), _named(self.model):
+            with torch.no_grad(), _plain_kernels(), derivatives_named(self.model):
                 yield torch.func.vmap(one)(tangents[first : first + chunk])
 
     def pulled(
@@ -198,7 +198,8 @@ def _plain_kernels() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(model: TransformerBridge) -> Iterator[None]:
+def derivatives_named(model: TransformerBridge) -> Iterator[None]:
+    """Turn torch's refusal of a derivative into UnsupportedModelError that names the model and the way out."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:

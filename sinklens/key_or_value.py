@@ -21,12 +21,11 @@ from sinklens.experiment import run_experiment, scored_logits
 from sinklens.flash_backend import hooked
 from sinklens.metrics import METRICS, token_metrics
 from sinklens.models import has_trained_head
-from sinklens.pattern_edit import delegates
 from sinklens.places import Places
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
 from sinklens.sinkmap import SinkMap
-from sinklens.sweeps import first_order, scored_positions, sweep_ablation
+from sinklens.sweeps import first_order, grows, scored_positions, sweep_ablation
 from sinklens.tokens import Tokens
 from sinklens.two_by_two import CELLS, Key, TwoByTwo
 
@@ -120,9 +119,9 @@ def by_layer(
     seed: int,
     progress: bool | None,
 ) -> TwoByTwo:
-    """Every layer by itself: three sweeps in a growing batch, or one forward per layer where the host delegates."""
+    """Every layer by itself: three sweeps in a growing batch, or a forward per layer where rows cannot join it."""
     layers = [n for n in range(capabilities(model).n_layers) if places.acts_in(n)]
-    if EMBEDDING in metrics or delegates(model):
+    if EMBEDDING in metrics or not grows(model):
         return _by_forwards(model, tokens, places, metrics, layers, most_scored, seed, progress)
     return _by_sweeps("layer", model, tokens, places, metrics, most_scored, seed, progress)
 
@@ -145,7 +144,7 @@ def by_head(
     facts = capabilities(model)
     short, places = shortened(tokens, places)
     keys = [(n, h) for n in range(facts.n_layers) if places.acts_in(n) for h in range(facts.n_heads)]
-    if EMBEDDING in metrics or delegates(model):
+    if EMBEDDING in metrics or not grows(model):
         return _by_forwards(model, short, places, metrics, keys, most_scored, seed, progress)
     if exact is None:
         return _by_sweeps("head", model, short, places, metrics, most_scored, seed, progress)

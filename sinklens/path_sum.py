@@ -36,7 +36,7 @@ from sinklens.attention import (
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
-from sinklens.jacobians import CHUNK, Stream, exact_block
+from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
 from sinklens.mixing_setup import Sinks, sinks_of
 from sinklens.proof import capabilities, has_hook
 from sinklens.results import atomic_path
@@ -261,6 +261,7 @@ class _Branch:
 
     def __init__(self, model: TransformerBridge, layer: int) -> None:
         block = _block(model, layer)
+        self._model = model
         names = [n for n in ("ln2", "ln1") if has_hook(model, f"blocks.{layer}.{n}.hook_out")]
         post = has_hook(model, f"blocks.{layer}.ln2_post.hook_out")
         reads: Any = None if post and "ln2" not in names else original(getattr(block, names[0])) if names else None
@@ -280,7 +281,7 @@ class _Branch:
         own = float(identity)
         v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         old = new = torch.zeros_like(x[:, 0])
-        with torch.enable_grad():
+        with derivatives_named(self._model), torch.enable_grad():
             for _ in range(STEPS):
                 v = v / v.norm(dim=-1, keepdim=True).clamp(min=1e-30)
                 w = own * v + torch.func.jvp(self, (x,), (v,))[1]

@@ -165,7 +165,12 @@ class _Mlp:
 
     def __call__(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         with torch.no_grad():
-            found = self._inner(x[None].to(next(self._inner.parameters()).dtype))
+            try:
+                found = self._inner(x[None].to(next(self._inner.parameters()).dtype))
+            except (TypeError, RuntimeError) as error:  # Bloom's adds the stream itself, others take flat rows
+                raise UnsupportedModelError(
+                    f"{self._name}: MLP {self.layer} cannot be run by itself on given inputs ({error})"
+                ) from error
             found = found[0] if isinstance(found, tuple) else found
             return (found if self._post is None else self._post(found))[0].to(x)
 

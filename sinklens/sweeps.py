@@ -73,8 +73,9 @@ def sweep_ablation(
 
     Predictions made at edited tokens are not scored.
 
-    Cost: over layers about half of L forwards per sequence (plus one), over layers and heads half of L x H; over heads
-    and doses one forward each. Memory: one row of activations per edited layer (and head) in the batch.
+    Cost: over layers about half of L forwards per sequence (plus one), over layers and heads half of L x H (all of them
+    on hosts that delegate attention, or with ALiBi); over heads and doses one forward each. Memory: one row of
+    activations per edited layer (and head) in the batch.
 
     Raises:
         BadInputError: bad options, sequences without anything to edit.
@@ -89,10 +90,10 @@ def sweep_ablation(
         raise UnsupportedModelError(f"{facts.model} predicts no next token, so an ablation has no loss to change")
     if over == "dose" and (mode not in ("renormalize", "scale") or "g" in options or not len(doses)):
         raise BadInputError("over='dose' sweeps mode 'scale' over doses=; leave mode and g out")
-    if over in ("layer", "layer-head") and delegates(model):
+    if estimate and delegates(model):
         raise UnsupportedModelError(
-            f"{facts.model}: this host delegates attention, and one growing batch cannot edit it; sweep with "
-            f"run_experiment over ablate_sinks(layers=...) instead"
+            f"{facts.model}: this host delegates attention, through which no first-order estimate is taken; sweep "
+            f"without estimate=True"
         )
     batch = as_tokens(model, tokens).to("cpu")
     places = find_places(sinks)
@@ -148,11 +149,25 @@ def _runner(
     if over == "head":
         made = [ablate_sinks(model, places, mode, **{**options, "heads": [h]}) for h in heads]
         return list(heads), one_by_one(made)
+    if not grows(model):
+        pairs: list[Any] = (
+            [(n, [h]) for n in layers for h in heads] if over == "layer-head" else [(n, None) for n in layers]
+        )
+        made = [
+            ablate_sinks(model, places, mode, **{**options, "layers": [n]} | ({} if h is None else {"heads": h}))
+            for n, h in pairs
+        ]
+        return [n if h is None else (n, h[0]) for n, h in pairs], one_by_one(made)
     if over == "layer":
         return layers, lambda ids, scored: grown(model, ids, scored, {n: [everything] for n in layers})
     by_head = [ablate_sinks(model, places, mode, **{**options, "heads": [h]}) for h in heads]
     keys = [(layer, head) for layer in layers for head in heads]
     return keys, lambda ids, scored: grown(model, ids, scored, dict.fromkeys(layers, by_head))
+
+
+def grows(model: TransformerBridge) -> bool:
+    """Whether rows may join a running batch: not where the host delegates attention, nor behind ALiBi."""
+    return not delegates(model) and str(model.cfg.positional_embedding_type) != "alibi"
 
 
 def _heads(model: TransformerBridge, options: dict[str, Any]) -> list[int]:

@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.components import Component
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.lives import activity
 from sinklens.proof import capabilities, same_model
 from sinklens.reference import DEFAULT_SEQUENCES
@@ -268,7 +268,7 @@ def direction(own: Looked, extra: Looked | None, document: int, layer: int) -> F
 def _contributions(own: Looked, extra: Looked | None, s: int, sink: Sink, runs: Sequence[Phase]) -> list[Traced]:
     added, states = own.at(sink.sequence, sink.position)
     if not own.parts[sink.sequence].summed:
-        raise BadInputError(
+        raise UnsupportedModelError(
             "norms stand on this model's residual stream (post-norm), so what components write is rescaled by every "
             "later block; decompose_sinks follows it through the norms"
         )

@@ -95,7 +95,8 @@ def bos_variants(
     words = vocabulary(model)
     if int(batch.lengths.min()) < SHORTEST:
         raise BadInputError(f"bos_variants needs sequences of at least {SHORTEST} tokens")
-    chosen = _line_break(words) if replacement is None else replacement
+    firsts = {int(batch.row(b)[0]) for b in range(len(batch))}
+    chosen = _line_break(words, firsts) if replacement is None else replacement
     if not 0 <= chosen < model.cfg.d_vocab:
         raise BadInputError(f"replacement {chosen} is no token id: the vocabulary has {model.cfg.d_vocab}")
     rows: dict[str, list[list[int]]] = {name: [] for name in VARIANTS}
@@ -125,9 +126,10 @@ def bos_variants(
     return BosVariants(made_tokens, targets, words.labels([chosen])[0])
 
 
-def _line_break(words: Any) -> int:
-    """A line break where it is one ordinary token, else an ordinary token drawn with seed 0."""
-    ids = words.body("\n", [], [])
+def _line_break(words: Any, firsts: set[int]) -> int:
+    """A line break where it is one ordinary token, else an ordinary token, drawn with seed 0, that begins no text."""
+    ids = [] if words.tokenizer is None else words.body("\n", [], [])
     if len(ids) == 1 and ids[0] not in words.special_ids:
         return int(ids[0])
-    return int(words.draw("random", 1, 1, 0)[0][0])
+    drawn = words.draw("random", 1, len(firsts) + 64, 0)[0]
+    return next((int(i) for i in drawn if i not in firsts), int(drawn[0]))

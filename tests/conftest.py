@@ -24,6 +24,20 @@ TEXT_A = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--architectures-table", action="store_true", help="write docs/architectures.md from this run")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--architectures-table"):
+        import architecture_table
+        from test_architectures import NAMES, TABLE
+
+        found = session.config.stash.get(TABLE, {})
+        if set(found) == set(NAMES):
+            architecture_table.write({name: found[name] for name in NAMES})
+
+
 @pytest.fixture(scope="session")
 def text_a() -> str:
     return TEXT_A

@@ -1,0 +1,421 @@
+"""What edits a model, and what judges edits: every intervention against the same edit of the whole pattern."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinklens.ablate import ablate_sinks
+from sinklens.attention import block_input
+from sinklens.bos import patch_bos
+from sinklens.damage import matched_damage
+from sinklens.errors import BadInputError
+from sinklens.experiment import run_experiment
+from sinklens.residual_edits import ablate_residual
+from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
+from sinklens.selftest.written_out import Edit, Layer, capped, plain, with_learned, write_out
+from sinklens.swap import restrict_attention, swap_attention
+from sinklens.sweeps import sweep_ablation
+from sinklens.variants import bos_variants
+
+MODES: dict[str, dict[str, Any]] = {
+    "renormalize": {},
+    "zero": {},
+    "value_only": {},
+    "scale": {"g": 0.3},
+    "null": {},
+    "move": {"target": 3},
+    "uniform": {},
+    "mean_value": {},
+    "fixed_key": {},
+    "fixed_logit": {},
+}
+REFERRED = ("mean_value", "fixed_key", "fixed_logit")
+
+
+def naive_edit(
+    mode: str,
+    positions: Sequence[int],
+    *,
+    layers: Sequence[int] | None = None,
+    means: Means | None = None,
+    **options: Any,
+) -> Edit:
+    """z of definitions.md, section 3, from the whole pattern: ``o_R`` and ``o_S`` from softmaxes of their own."""
+
+    def edit(n: int, layer: Layer) -> Tensor:
+        z = plain(n, layer)
+        if layers is not None and n not in layers:
+            return z
+        scores, v = layer.scores, layer.v
+        inside = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        inside[list(positions)] = True
+        if mode == "fixed_key":
+            assert means is not None
+            scores = means.with_keys(n, layer, positions)
+        own, rest = scores[..., inside], scores.masked_fill(inside, -torch.inf)
+        lse_s, lse_r = own.logsumexp(-1), with_learned(layer, rest.logsumexp(-1))
+        values = v if mode != "mean_value" or means is None else means.with_values(n, v, positions)
+        o_s = (own - lse_s[..., None]).exp().nan_to_num() @ values[:, :, inside]
+        o_r = (rest - lse_r[..., None]).exp().nan_to_num() @ v
+        m = lse_s - lse_r
+        m = m + math.log(options["g"]) if mode == "scale" else -lse_r if mode == "null" else m
+        if mode == "fixed_logit":
+            assert means is not None
+            m = means.margins(n, layer)
+        sigma, kept = m.sigmoid()[..., None], (-m).sigmoid()[..., None]
+        bias = torch.zeros_like(z) if layer.bias is None else layer.bias[:, None].expand_as(z)
+        seen = rest > -torch.inf
+        made = {
+            "renormalize": lambda: o_r,
+            "zero": lambda: kept * o_r + sigma * bias,
+            "value_only": lambda: o_r + sigma * (o_s - bias),
+            "null": lambda: kept * o_r,
+            "move": lambda: kept * o_r + sigma * v[:, :, [options["target"]]],
+            "uniform": lambda: kept * o_r + sigma * ((seen.double() / seen.sum(-1, keepdim=True).clamp(min=1)) @ v),
+        }.get(mode, lambda: kept * o_r + sigma * o_s)()
+        rows = lse_s.isfinite() & lse_r.isfinite()
+        if mode == "move":
+            rows = rows & scores[..., options["target"]].isfinite()
+        if mode == "uniform":
+            rows = rows & seen.any(-1)
+        return torch.where(rows[..., None], made, z)
+
+    return edit
+
+
+class Means:
+    """Mean keys (as scored), values and margins at the sinks over reference sequences, from the written-out run."""
+
+    def __init__(self, subject: Subject) -> None:
+        ids = subject.reference.ids.to(subject.model.cfg.device)
+        self.layers = write_out(subject.model, ids).layers
+
+    def with_values(self, n: int, v: Tensor, positions: Sequence[int]) -> Tensor:
+        """The values with those at the sinks replaced."""
+        new = v.clone()
+        for p in positions:
+            new[:, :, p] = self.layers[n].v[:, :, p].mean(0)
+        return new
+
+    def with_keys(self, n: int, layer: Layer, positions: Sequence[int]) -> Tensor:
+        """The scores with the keys at the sinks replaced: rotation is linear, so the mean of rotated keys will do."""
+        assert layer.q is not None
+        assert layer.k is not None
+        scores = layer.scores.clone()
+        kept = self.layers[n].k
+        assert kept is not None
+        for p in positions:
+            if layer.softcap is None:  # by difference: what else is in a score (ALiBi) stays
+                change = layer.scale * torch.einsum("bhqd,bhd->bhq", layer.q, kept[:, :, p].mean(0) - layer.k[:, :, p])
+                scores[..., p] = scores[..., p] + change
+            else:
+                raw = layer.scale * torch.einsum("bhqd,hd->bhq", layer.q, kept[:, :, p].mean(0))
+                scores[..., p] = capped(raw, layer.softcap).masked_fill(scores[..., p].isinf(), -torch.inf)
+        return scores
+
+    def margins(self, n: int, layer: Layer) -> Tensor:
+        """The mean margin of queries that see as many keys, in octaves."""
+        reference = self.layers[n]
+        scores = reference.scores
+        inside = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        inside[list(SINKS)] = True
+        rest = scores.masked_fill(inside, -torch.inf).logsumexp(-1)
+        m = scores[..., inside].logsumexp(-1) - with_learned(reference, rest)
+        octave = scores.isfinite().sum(-1).log2().floor()
+        result = torch.full_like(m[:1].expand(layer.scores.shape[0], -1, -1), math.nan).clone()
+        own = layer.scores.isfinite().sum(-1).log2().floor()
+        for h in range(m.shape[1]):
+            for o in own.unique().tolist():
+                chosen = (octave[:, h] == o) & m[:, h].isfinite()
+                if bool(chosen.any()):
+                    result[:, h][own[:, h] == o] = m[:, h][chosen].mean()
+        return result
+
+
+def check_ablate(subject: Subject, parts: Parts) -> None:
+    """Every mode, at positions in every layer; and a SinkMap in the layers of its lives, on some heads."""
+    means: list[Means] = []
+
+    def one(mode: str, options: dict[str, Any]) -> float:
+        extra: dict[str, Any] = {"reference": subject.reference} if mode in REFERRED else {}
+        hooks = ablate_sinks(subject.model, list(SINKS), mode, **options, **extra)
+        if mode in REFERRED and not means:
+            means.append(Means(subject))
+        naive = naive_edit(mode, SINKS, means=means[0] if means else None, **options)
+        return subject.edited(hooks, naive)
+
+    for mode, options in MODES.items():
+        parts.add(mode, lambda mode=mode, options=options: one(mode, options))
+
+    def by_map() -> float:
+        hooks = ablate_sinks(subject.model, subject.sinks, heads=[0])
+
+        def edit(n: int, layer: Layer) -> Tensor:
+            positions = [
+                p for p, onset in zip(SINKS, (0, 1), strict=True) if n >= min(onset, subject.facts.n_layers - 1)
+            ]
+            made, z = naive_edit("renormalize", positions)(n, layer), plain(n, layer)
+            z = z.clone()
+            z[:, 0] = made[:, 0]
+            return z
+
+        return subject.edited(hooks, edit)
+
+    parts.add("a map, one head", by_map)
+
+    def generated() -> float:
+        if not subject.facts.causal:
+            return 0.0
+        hooks = ablate_sinks(subject.model, [0])
+        start = subject.ids[:1, :12]
+        options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "return_type": "tokens", "verbose": False}
+        with subject.model.hooks(fwd_hooks=list(hooks)), torch.no_grad():
+            cached = subject.model.generate(start, use_past_kv_cache=True, stop_at_eos=False, **options)
+            row = start
+            for _ in range(6):
+                row = torch.cat([row, subject.model(row)[:, -1].argmax(-1, keepdim=True)], 1)
+        return float((torch.as_tensor(cached) != row).sum())
+
+    parts.add("generate", generated)
+
+
+def check_residual(subject: Subject, parts: Parts) -> None:
+    """Rescaled streams at the sinks, and massive dimensions of a stream that has some."""
+    layers = range(subject.facts.n_layers)
+
+    def scaled(x: Tensor, hook: Any) -> Tensor:
+        new = x.clone()
+        new[:, list(SINKS)] = new[:, list(SINKS)] * 0.5
+        return new
+
+    def rescaled() -> float:
+        hooks = ablate_residual(subject.model, list(SINKS), "rescale", g=0.5)
+        return subject.edited(hooks, plain, [(block_input(n), scaled) for n in layers])
+
+    parts.add("rescale", rescaled)
+
+    def massive(x: Tensor, hook: Any) -> Tensor:
+        new = x.clone()
+        for p in SINKS:
+            for b in range(len(x)):
+                entry = x[b, p].abs()
+                new[b, p, entry > 100 * entry.median()] = 0
+        return new
+
+    def planted() -> float:
+        def plant(x: Tensor, hook: Any) -> Tensor:
+            new = x.clone()
+            new[:, list(SINKS), 3] = 300 * x[:, list(SINKS)].abs().median(-1).values
+            return new
+
+        first: list[Any] = [(block_input(n), plant) for n in layers]
+        hooks = ablate_residual(subject.model, list(SINKS), "massive_zero", allow_identity=True)
+        ours = subject.states([*first, *hooks])[-1]
+        both: list[Any] = [*first, *((block_input(n), massive) for n in layers)]
+        theirs = subject.written(hooks=both).states[-1]
+        effect = apart(theirs, subject.written(hooks=first).states[-1])
+        if not effect > 1e-5:
+            raise BadInputError("massive_zero changes nothing on these tokens, so nothing can be compared")
+        return apart(ours, theirs) / effect
+
+    parts.add("massive_zero", planted)
+
+
+def check_patch(subject: Subject, parts: Parts) -> None:
+    """A stream of zeros and one of another text at position 0; its own stream changes nothing."""
+    layer = subject.facts.n_layers - 1
+
+    def zeroed(x: Tensor, hook: Any) -> Tensor:
+        new = x.clone()
+        new[:, 0] = 0
+        return new
+
+    parts.add(
+        "zero",
+        lambda: subject.edited(
+            patch_bos(subject.model, subject.tokens, "zero", layers=[layer]), plain, [(block_input(layer), zeroed)]
+        ),
+    )
+
+    def other() -> float:
+        kept: list[Tensor] = []
+        write_out(
+            subject.model,
+            subject.reference.ids[:1].to(subject.model.cfg.device),
+            hooks=[(block_input(layer), lambda x, hook: kept.append(x[0, 0].detach().clone()))],
+        )
+
+        def put(x: Tensor, hook: Any) -> Tensor:
+            new = x.clone()
+            new[:, 0] = kept[0]
+            return new
+
+        hooks = patch_bos(subject.model, subject.tokens, subject.reference[0], layers=[layer], allow_identity=True)
+        ours, theirs = subject.states(hooks)[-1], subject.written(hooks=[(block_input(layer), put)]).states[-1]
+        return apart(ours, theirs)
+
+    parts.add("another text", other)
+
+    def itself() -> float:
+        one = subject.tokens[0]
+        hooks = patch_bos(subject.model, one, one, layers=[layer], allow_identity=True)
+        with torch.no_grad():
+            ours = subject.model.run_with_hooks(one.ids.to(subject.model.cfg.device), fwd_hooks=list(hooks))
+            return gap(ours, subject.model(one.ids.to(subject.model.cfg.device)))
+
+    parts.add("itself", itself)
+
+
+def check_swap(subject: Subject, parts: Parts) -> None:
+    """Three other normalisations, from their formulas."""
+
+    def normalised(kind: str) -> Edit:
+        def edit(_: int, layer: Layer) -> Tensor:
+            lse, weights = layer.log_sum, layer.weights
+            if kind == "clipped":
+                low = layer.scores.isfinite()
+                return (((1.0 + 0.03) * weights - 0.03).clamp(0, 1) * low) @ layer.v
+            extra = 0.0 if kind == "off-by-one" else 1.5
+            return (layer.scores - torch.logaddexp(lse, torch.full_like(lse, extra))[..., None]).exp() @ layer.v
+
+        return edit
+
+    wanted: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("off-by-one", {}), ("learned-logit", {"logit": 1.5}), ("clipped", {}),
+    )  # fmt: skip
+    for kind, options in wanted:
+        parts.add(
+            kind,
+            lambda kind=kind, options=options: subject.edited(
+                swap_attention(subject.model, kind, **options), normalised(kind)
+            ),
+        )
+
+
+def check_restrict(subject: Subject, parts: Parts) -> None:
+    """StreamingLLM's mask: 2 first tokens and 10 recent ones."""
+
+    def edit(_: int, layer: Layer) -> Tensor:
+        index = torch.arange(LENGTH, device=layer.scores.device)
+        distance = index[:, None] - index
+        near = distance < 10 if subject.facts.causal else distance.abs() < 10
+        scores = layer.scores.masked_fill(~(near | (index < 2)), -torch.inf)
+        return (scores - with_learned(layer, scores.logsumexp(-1))[..., None]).exp() @ layer.v
+
+    parts.add("2+10", lambda: subject.edited(restrict_attention(subject.model, sinks=2, recent=10), edit))
+
+
+def losses(subject: Subject, logits: Tensor | None) -> Tensor:
+    """Next-token losses [batch, pos - 1] in nats, of the logits written out."""
+    assert logits is not None
+    return -logits[:, :-1].double().log_softmax(-1).gather(-1, subject.ids[:, 1:, None])[..., 0].cpu()
+
+
+def check_experiment(subject: Subject, parts: Parts) -> None:
+    """Loss and KL of every scored token of one intervention."""
+
+    def measure() -> float:
+        hooks = ablate_sinks(subject.model, subject.sinks)
+        found = run_experiment(
+            subject.model, subject.tokens, {"gone": hooks}, sinks=subject.sinks, controls=(), progress=False
+        )
+        lives = {p: min(onset, subject.facts.n_layers - 1) for p, onset in zip(SINKS, (0, 1), strict=True)}
+
+        def edit(n: int, layer: Layer) -> Tensor:
+            return naive_edit("renormalize", [p for p, onset in lives.items() if n >= onset])(n, layer)
+
+        run = subject.written(edit, logits=True)
+        worst, scored = 0.0, torch.ones(0)
+        assert subject.base.logits is not None
+        assert run.logits is not None
+        before, after = (x[:, :-1].double().log_softmax(-1).cpu() for x in (subject.base.logits, run.logits))
+        naive = {"loss": losses(subject, run.logits), "kl": (before.exp() * (before - after)).sum(-1)}
+        at = found.index("gone")
+        for name, expected in naive.items():
+            ours = found.metrics[name][at][:, : LENGTH - 1].double()
+            scored = ~ours.isnan()
+            if int(scored.sum()) < LENGTH:
+                return math.inf
+            worst = max(worst, gap(ours[scored], expected[scored]))
+        base = found.metrics["loss"][0][:, : LENGTH - 1].double()
+        return max(worst, gap(base[scored], losses(subject, subject.base.logits)[scored]))
+
+    parts.add("nats", measure)
+
+
+def check_sweep(subject: Subject, parts: Parts) -> None:
+    """The change of loss of one layer's ablation after the other."""
+
+    def measure() -> float:
+        found = sweep_ablation(subject.model, subject.tokens, [0], over="layer", progress=False)
+        base = losses(subject, subject.base.logits)
+        worst = 0.0
+        for i, key in enumerate(found.keys):
+            edited = losses(
+                subject, subject.written(naive_edit("renormalize", [0], layers=[int(str(key))]), logits=True).logits
+            )
+            worst = max(worst, gap(found.metrics["loss"][i], (edited - base)[:, 1:].mean(1)))
+        return worst
+
+    parts.add("nats", measure)
+
+
+def check_variants(subject: Subject, parts: Parts) -> None:
+    """The ids of every variant, and losses of the same target tokens, from plain forwards."""
+
+    def measure() -> float:
+        found = bos_variants(subject.model, subject.tokens)
+        chosen = int(found["replaced"].ids[0, 0])
+        first, rest = subject.ids[:, :1].cpu(), subject.ids[:, 1:].cpu()
+        half = rest.shape[1] // 2
+        naive = {
+            "keep": subject.ids.cpu(),
+            "removed": rest,
+            "replaced": torch.cat([torch.full_like(first, chosen), rest], 1),
+            "doubled": torch.cat([first, first, rest], 1),
+            "middle": torch.cat([rest[:, :half], first, rest[:, half:]], 1),
+        }
+        wrong = sum(float((found[name].ids.cpu() != ids).sum()) for name, ids in naive.items())
+        mine = found.losses(subject.model)
+        for name, ids in naive.items():
+            logits = write_out(subject.model, ids.to(subject.model.cfg.device), logits=True).logits
+            assert logits is not None
+            loss = -logits[:, :-1].double().log_softmax(-1).cpu().gather(-1, ids[:, 1:, None])[..., 0]
+            for b, row in enumerate(found.targets[name]):
+                wrong = max(wrong, gap(mine[name][b], loss[b, [p - 1 for p in row]]))
+        return wrong
+
+    parts.add("nats", measure)
+
+
+def check_damage(subject: Subject, parts: Parts) -> None:
+    """The loss that the found damage costs, from a plain forward of it."""
+
+    def shifted(share: float) -> list[Any]:
+        return [(block_input(0), lambda x, hook: x + share * torch.roll(x, 1, dims=1))]
+
+    def measure() -> float:
+        row = subject.ids[:, :4]  # then greedily: damage to likely tokens surely costs
+        with torch.no_grad():
+            for _ in range(20 if subject.predicts else 0):
+                row = torch.cat([row, subject.model(row)[:, -1].argmax(-1, keepdim=True)], 1)
+
+        def cost(hooks: Sequence[Any]) -> float:
+            logits = write_out(subject.model, row, hooks=hooks, logits=True).logits
+            assert logits is not None
+            return float(-logits[:, :-1].double().log_softmax(-1).gather(-1, row[:, 1:, None]).mean())
+
+        for share in (0.2, 0.5, 1.0, -0.2):
+            try:
+                found = matched_damage(subject.model, row, shifted(share), progress=False)
+            except BadInputError:  # this costs nothing, or noise cannot cost so much
+                continue
+            return max(gap(found.loss, cost(found.hooks)), max(0.0, abs(found.loss - found.target) - 0.02))
+        raise BadInputError("no edit that was tried costs a loss that noise can match, so nothing can be compared")
+
+    parts.add("nats", measure)

@@ -1,0 +1,66 @@
+"""docs/architectures.md: written from the results of tests/test_architectures.py, and read again by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import sinklens as sl
+
+PATH = Path(__file__).parent.parent / "docs" / "architectures.md"
+MARKS = {"exact": "✓", "partly": "(✓)", "refused": "–"}
+_HEAD = """# Architectures
+
+Written by `make architectures` from the run of `tests/test_architectures.py`: tiny random models of each architecture
+(2 or 3 layers, large weights), every public function that runs a model, each against its formula written out
+(`sinklens check` does the same on your model). {counts}
+
+✓ exact: the largest error of all parts is at most 1e-3 (for edits: of what the edit changes). (✓) exact, but some part
+is refused, see below. – refused: `UnsupportedModelError` says why and what to do. There is no third outcome.
+
+"""
+
+
+def mark(row: sl.SelfTest, function: str) -> str:
+    """The cell of one function."""
+    found = row[function]
+    return MARKS["partly" if found.outcome == "exact" and found.refused else found.outcome]
+
+
+def write(results: Mapping[str, sl.SelfTest], path: Path = PATH) -> None:
+    """The table, the largest errors, and every refusal with its reason."""
+    names = list(results)
+    functions = [row.function for row in next(iter(results.values())).rows]
+    pairs = [(name, row) for name in names for row in results[name].rows]
+    exact, refused = (sum(row.outcome == kind for _, row in pairs) for kind in ("exact", "refused"))
+    partly = sum(row.outcome == "exact" and bool(row.refused) for _, row in pairs)
+    counts = f"Of {len(pairs)} pairs {exact} are exact ({partly} of them in part) and {refused} refused."
+    lines = [_HEAD.format(counts=counts)]
+    lines.append("| function | " + " | ".join(names) + " |")
+    lines.append("|---|" + "---|" * len(names))
+    for function in functions:
+        lines.append(f"| `{function}` | " + " | ".join(mark(results[name], function) for name in names) + " |")
+    worst = [max((row.error for row in results[name].rows if row.errors), default=float("nan")) for name in names]
+    lines.append("| largest error | " + " | ".join("–" if w != w else f"{w:.0e}" for w in worst) + " |")
+    lines += ["", "## What is refused, and why", ""]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, row in pairs:
+        told = row.refused if row.outcome == "exact" else {"": row.reason or next(iter(row.refused.values()), "")}
+        for part, why in told.items():
+            if row.outcome != "exact" or row.refused:
+                label = f"`{row.function}`" + (f", {part}" if part else "")
+                words = why.replace(f"{results[name].info['capabilities']['model']}: ", "")
+                words = words.replace(f"{results[name].info['capabilities']['model']} ", "")
+                reasons.setdefault((label, " ".join(words.split())), []).append(name)
+    for (label, why), where in reasons.items():
+        lines.append(f"- {label}: {', '.join(where)}: {why}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read(path: Path = PATH) -> dict[str, dict[str, str]]:
+    """The cells of the written table: by architecture, by function."""
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    names = cells[0][1:]
+    body = [row for row in cells[2:] if row[0].startswith("`")]
+    return {name: {row[0].strip("`"): row[n + 1] for row in body} for n, name in enumerate(names)}

@@ -1,0 +1,149 @@
+"""Every architecture x every public function: exact by its formula or refused, as written down here and in the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from typing import Any
+
+import architecture_table
+import pytest
+import torch
+from architectures import build_pair
+
+import sinklens as sl
+from sinklens.self_test import CHECKS
+
+NAMES = (
+    "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "neox", "phi3", "falcon", "opt", "bloom",
+    "mixtral", "gpt-oss", "deepseek-v3", "bert", "roberta", "gpt-neo",
+)  # fmt: skip
+_FORWARD_MODE = {"jacobian_norms", "path_sums"}  # mixtures of experts and Bloom have no forward-mode derivative
+_ENCODER = {
+    "token_loss", "bos_variants", "run_experiment", "sweep_ablation", "matched_damage", "trace_sinks", "plant_sinks",
+    "writer_subspace", "path_sums",
+}  # fmt: skip
+REFUSED: dict[str, set[str]] = {
+    "falcon": {"flash"},
+    "opt": {"writer_subspace", "path_sums"},
+    "bloom": {"flash", "writer_neurons", "writer_subspace", *_FORWARD_MODE},
+    "mixtral": {"writer_neurons", *_FORWARD_MODE},
+    "gpt-oss": {"writer_neurons", *_FORWARD_MODE},
+    "deepseek-v3": {"decompose_sinks", "writer_neurons", *_FORWARD_MODE},
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+    "gpt-neo": {
+        "flash", "ablate_sinks", "swap_attention", "restrict_attention", "run_experiment", "sweep_ablation",
+        "compare_mixing", "path_sums", "perturbation_spread",
+    },
+}  # fmt: skip
+PARTLY: dict[str, dict[str, set[str]]] = {
+    "neox": {"ablate_sinks": {"fixed_key"}},
+    "phi3": {"ablate_sinks": {"fixed_key"}},
+    "falcon": {"ablate_sinks": {"fixed_key"}},
+    "opt": {"attention_map": {"logits"}},
+    "bloom": {"measure_mixing": {"blocks and indices"}, "compare_mixing": {"blocks"}},
+    "mixtral": {"measure_mixing": {"blocks and indices"}, "compare_mixing": {"blocks"}},
+    "gpt-oss": {"measure_mixing": {"blocks and indices"}, "compare_mixing": {"blocks"}},
+    "deepseek-v3": {
+        "ablate_sinks": {"fixed_key"}, "measure_mixing": {"blocks and indices"}, "compare_mixing": {"blocks"},
+    },
+    "bert": {"attention_map": {"logits"}},
+    "roberta": {"attention_map": {"logits"}},
+    "gpt-neo": {"attention_map": {"logits"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_function_is_exact_or_refused_as_expected(name: str, request: pytest.FixtureRequest) -> None:
+    _, model = build_pair(name)
+    found = sl.check_model(model, progress=False)
+    request.config.stash.setdefault(TABLE, {})[name] = found
+    assert found.tolerance == 1e-3
+    refused = REFUSED.get(name, set())
+    outcomes = {row.function: row.outcome for row in found.rows}
+    assert outcomes == {f: "refused" if f in refused else "exact" for f in CHECKS}, repr(found)
+    partly = {row.function: set(row.refused) for row in found.rows if row.outcome == "exact" and row.refused}
+    assert partly == PARTLY.get(name, {})
+    for row in found.rows:
+        assert row.outcome == "refused" or all(error <= 1e-4 for error in row.errors.values()), row
+        assert all(len(why) > 20 for why in row.refused.values()), row
+    if not request.config.getoption("--architectures-table"):
+        written = architecture_table.read()
+        cells = {function: architecture_table.mark(found, function) for function in CHECKS}
+        assert written[name] == cells, "docs/architectures.md is out of date: make architectures"
+
+
+TABLE: Any = pytest.StashKey[dict[str, sl.SelfTest]]()
+
+
+def test_no_public_function_that_runs_a_model_is_left_out() -> None:
+    taking = set()
+    for name in sl.__all__:
+        value = getattr(sl, name)
+        if inspect.isfunction(value) and "model" in inspect.signature(value).parameters:
+            taking.add(name)
+    assert taking - {"check_model"} == set(CHECKS) - {"load_model"}
+
+
+def _alpha(means: Any) -> Any:
+    return dataclasses.replace(means, alpha=means.alpha * 1.01)
+
+
+def _pair(pair: Any) -> Any:
+    known = {f.name: getattr(pair, f.name) for f in dataclasses.fields(pair)}
+    return dataclasses.replace(pair, **{k: v * 1.01 for k, v in known.items() if isinstance(v, torch.Tensor)})
+
+
+@pytest.mark.parametrize(
+    ("home", "broken", "off", "function"),
+    [
+        ("scores", "column_means", _alpha, "sink_scores"),
+        ("collapse", "collapse_measures", lambda values: values * 1.01, "measure_collapse"),
+        ("subspace", "_carried", lambda values: [v * 1.01 for v in values], "writer_subspace"),
+        ("sink_edit", "pair", _pair, "ablate_sinks"),
+        ("mixing", "exact_columns", lambda values: values * 1.01, "measure_mixing"),
+    ],
+)
+def test_one_per_cent_off_is_called_wrong(
+    monkeypatch: pytest.MonkeyPatch, home: str, broken: str, off: Any, function: str
+) -> None:
+    module = importlib.import_module(f"sinklens.{home}")
+    right = getattr(module, broken)
+    monkeypatch.setattr(module, broken, lambda *args, **kwargs: off(right(*args, **kwargs)))
+    _, model = build_pair("llama")
+    found = sl.check_model(model, functions=[function], progress=False)
+    assert found[function].outcome == "wrong"
+    assert 1e-3 < found[function].error < 1
+    assert not found.ok
+
+
+def test_an_error_that_is_no_refusal_is_called_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sinklens.selftest.edit_checks as edits
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError("unexpected keyword argument")
+
+    monkeypatch.setattr(edits, "patch_bos", broken)
+    _, model = build_pair("gpt2")
+    found = sl.check_model(model, functions=["patch_bos", "flash"], progress=False)
+    assert (found["patch_bos"].outcome, found["flash"].outcome) == ("failed", "exact")
+    assert "TypeError: unexpected" in found["patch_bos"].reason
+    assert "1 exact, 1 failed" in repr(found)
+
+
+def test_tables_files_and_bad_requests(tmp_path: Any) -> None:
+    _, model = build_pair("opt")
+    found = sl.check_model(model, functions=["attention_map", "path_sums"], progress=False)
+    rows = found.to_dataframe().to_dict("records")
+    assert [(r["function"], r["part"]) for r in rows[:2]] == [("attention_map", p) for p in ("probabilities", "logits")]
+    assert rows[-1]["outcome"] == "refused"
+    assert "path-sum bound" in rows[-1]["reason"]
+    assert found.save(tmp_path / "check.csv").read_text().count("attention_map") == 2
+    with pytest.raises(sl.BadInputError, match="no check of nonsense"):
+        sl.check_model(model, functions=["nonsense"])
+    with pytest.raises(sl.BadInputError, match="four sequences"):
+        sl.check_model(model, torch.randint(3, 90, (3, 60)))
+    with pytest.raises(sl.BadInputError, match="was not checked"):
+        found["flash"]
