@@ -35,7 +35,7 @@ class LogitEffects:
     """Collects the late layers' writes during one forward, and turns them into logits at its end.
 
     A head's write at query i, ``p_i u W_O``, goes through the attention's post-norm (where there is one) and the final
-    norm, both with their scale frozen, and through W_U. Models without a trained head have none: NaN. A softcap on the
+    norm, both with their scale frozen, and through W_U. Encoders and models without a trained head have none: NaN. A softcap on the
     logits is left out.
     """
 
