@@ -38,6 +38,7 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, exact_block
 from sinklens.mixing_setup import Sinks, sinks_of
+from sinklens.offload import refuse_offloaded
 from sinklens.proof import capabilities, has_hook
 from sinklens.results import atomic_path
 from sinklens.running import run_blocks
@@ -164,6 +165,7 @@ def path_sum_bound(
     """The bound of every block (l, i, j) of one unpadded sequence. Cost: one forward, and ``60`` times two passes
     through the MLPs. Memory: one layer's patterns.
     """
+    refuse_offloaded(model.original_model, str(model.cfg.model_name), "the path-sum bound")
     length = ids.shape[1]
     points = [p for p in (*POINTS, *NORM_POINTS) if has_hook(model, f"blocks.0.{p}")]
     seen: dict[str, Tensor] = {}
