@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,7 +40,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
-    device_map: str | dict[str, str | int] | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
     max_memory: dict[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -173,6 +174,7 @@ def _dispatch(device: Any, device_map: Any, max_memory: Any, offload_folder: Any
         return {}
     if device is not None:
         raise BadInputError("device= puts the whole model on one device; give it or device_map=, not both")
+    device_map = device_map if isinstance(device_map, str) else dict(device_map)
     if isinstance(device_map, dict) and set(device_map.values()) == {"disk"}:
         raise BadInputError(
             "device_map puts everything on disk; leave the embedding on the device that computes: 'cpu', 0"

@@ -124,6 +124,15 @@ def same_model(info: dict[str, Any], facts: Capabilities) -> bool:
     return recorded == asdict(facts)
 
 
+def refuse_half_precision(model: TransformerBridge, what: str) -> None:
+    """Raise UnsupportedModelError where a model runs in less than float32."""
+    if model.cfg.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name} runs in {model.cfg.dtype}: {what} to 1e-3 of their size, which takes float32 or "
+            f"float64; load_model(..., dtype='float32')"
+        )
+
+
 def check_finite_weights(model: torch.nn.Module) -> None:
     """Raise BadInputError naming the first parameter that holds NaN or infinity; offloaded ones are read in turn."""
     seen: set[torch.nn.Parameter] = set()

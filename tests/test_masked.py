@@ -222,6 +222,22 @@ def test_importance_on_encoders_equals_a_loop_with_padding_on_both_sides(name: s
                     torch.testing.assert_close(scores.uniform[b, layer, :n].double(), uniform, **close)
 
 
+def test_pictures_show_attention_both_ways() -> None:
+    hf, model = build_pair("bert")
+    (ids,) = ids_of(9)
+    hf.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = hf(ids[None], output_attentions=True).attentions
+    grid: Any = sl.attention_grid(model, ids, head=2)
+    assert len(grid.data) == 2
+    for layer, cell in enumerate(grid.data):
+        shown = torch.tensor([[float(v) for v in row] for row in cell.z])
+        torch.testing.assert_close(shown, expected[layer][0, 2], atol=1e-5, rtol=0)
+        assert shown.triu(1).max() > 0.01
+    one: Any = sl.attention_map(model, ids, layer=1, head=2)
+    torch.testing.assert_close(torch.tensor(one.data[0].z), shown, atol=1e-6, rtol=0)
+
+
 def test_a_head_that_ignores_the_text_has_the_loss_of_its_bias() -> None:
     """With the decoder's matrix at 0, log p(v) is the log-softmax of the bias, whatever is masked or edited."""
     hf: Any = build("bert")

@@ -175,8 +175,14 @@ def test_bfloat16_on_disk_is_bfloat16_in_memory(tmp_path: Path) -> None:
         assert torch.equal(run(full, batch(), edits[0], flash), run(off, batch(), edits[1], flash))
     a, b = (sl.sink_scores(model, batch()).alpha for model in (full, off))
     assert torch.equal(a, b)
-    with pytest.raises(sl.UnsupportedModelError, match="float32"):
-        sl.decompose_sinks(full, batch(), [0])
+    calls: tuple[Any, ...] = (
+        lambda: sl.decompose_sinks(full, batch(), [0]),
+        lambda: sl.trace_sinks(full, batch()),
+        lambda: sl.path_sums(full, batch()[:, :8], sinks=[0], progress=False),
+    )
+    for call in calls:
+        with pytest.raises(sl.UnsupportedModelError, match=r"takes float32 or float64"):
+            call()
 
 
 def test_the_embedding_may_be_on_disk_too(tmp_path: Path) -> None:
