@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from sinklens.variants import BosVariants, bos_variants
     from sinklens.verdicts import Verdict
     from sinklens.views import TokenView, attention_grid, attention_map
+    from sinklens.vocabulary import NamedTokens, named_tokens
 
 __version__ = "0.1.0"
 
@@ -81,6 +82,7 @@ _HOMES = {
     "MatchedDamage": "damage",
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
+    "NamedTokens": "vocabulary",
     "Neurons": "neurons",
     "PathSums": "path_sum",
     "Perturbation": "perturbation",
@@ -121,6 +123,7 @@ _HOMES = {
     "measure_collapse": "collapse",
     "measure_mixing": "mixing",
     "mixing_by_length": "mixing_sweeps",
+    "named_tokens": "vocabulary",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
     "path_sums": "path_sum",
@@ -162,6 +165,7 @@ __all__ = [
     "MatchedDamage",
     "Mixing",
     "MixingComparison",
+    "NamedTokens",
     "Neurons",
     "PathSums",
     "Perturbation",
@@ -202,6 +206,7 @@ __all__ = [
     "measure_collapse",
     "measure_mixing",
     "mixing_by_length",
+    "named_tokens",
     "norm_and_mass",
     "patch_bos",
     "path_sums",

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import UnsupportedModelError
+from sinklens.offload import real_weights
 
 
 def attention_hook(layer: int, point: str) -> str:
@@ -71,8 +72,10 @@ def declared_windows(model: TransformerBridge) -> tuple[int | None, ...]:
 def learned_sink_logits(model: TransformerBridge, layer: int) -> Tensor | None:
     """The trained logit per head that stands in the softmax denominator (gpt-oss), or None."""
     component: Any = model.blocks[layer].attn.original_component
-    sinks = getattr(component, "sinks", None)
-    return sinks if isinstance(sinks, Tensor) else None
+    if not isinstance(getattr(component, "sinks", None), Tensor):
+        return None
+    with real_weights(component, deep=False):
+        return component.sinks
 
 
 def either_backend(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +130,8 @@ def output_weights(model: TransformerBridge, layer: int) -> Float[Tensor, "head 
     """W_O of one layer by head, or None where the host does not split it (it raises NotImplementedError)."""
     attention: Any = model.blocks[layer].attn
     try:
-        return attention.W_O
+        with real_weights(getattr(attention, "o", attention)):
+            return attention.W_O
     except NotImplementedError:
         return None
 
@@ -136,7 +140,8 @@ def value_bias(model: TransformerBridge, layer: int, n_heads: int) -> Float[Tens
     """b_V of one layer by query head, or None where the model has none."""
     attention: Any = model.blocks[layer].attn
     try:
-        bias = attention.b_V
+        with real_weights(getattr(attention, "v", attention)):
+            bias = attention.b_V
     except NotImplementedError:  # MLA, whose values come out of a projection without a bias
         projection: Any = getattr(attention.original_component, "kv_b_proj", None)
         if getattr(projection, "bias", None) is not None:
@@ -196,7 +201,8 @@ def score_projection(
     """
     attention: Any = model.blocks[layer].attn
     try:
-        weight, bias = getattr(attention, f"W_{which.upper()}"), getattr(attention, f"b_{which.upper()}")
+        with real_weights(getattr(attention, which, attention)):
+            weight, bias = getattr(attention, f"W_{which.upper()}"), getattr(attention, f"b_{which.upper()}")
     except NotImplementedError:
         raise UnsupportedModelError(
             f"{model.cfg.model_name}: queries and keys come out of a latent (MLA), not of a matrix per head, so their "

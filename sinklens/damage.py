@@ -34,7 +34,7 @@ class MatchedDamage:
     Attributes:
         hooks: the edit.
         kind, size: what it is, and how strong.
-        base, target, loss: mean next-token loss in nats without an edit, of the edit to be matched, and reached.
+        base, target, loss: mean loss in nats without an edit, of the edit to be matched, and reached.
     """
 
     hooks: list[Any]
@@ -58,13 +58,14 @@ def matched_damage(
     spared: Sequence[int] = (0,),
     layers: Sequence[int] | None = None,
     tolerance: float = 0.02,
+    mask_id: int | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> MatchedDamage:
     """An edit that touches no sink and costs the same loss as ``hooks`` on the same tokens.
 
     Args:
-        model: a decoder.
+        model: a decoder, or an encoder with a trained masked-LM head (its loss is the pseudo-loss, :func:`token_loss`).
         tokens: on which the losses are compared.
         hooks: the edit whose cost is matched.
         kind: "noise": every token's stream gets ``size |x_i|`` times a fixed random unit vector of its position (the
@@ -73,17 +74,18 @@ def matched_damage(
         spared: positions that are left as they are.
         layers: before which blocks noise is added, or whose MLPs are scaled. Default: noise before block 1, all MLPs.
         tolerance: how close the loss must come, in nats.
+        mask_id: the id of an encoder's [MASK], where its tokenizer names none.
         seed: of the noise.
         progress: show a bar.
 
     Returns:
         The edit of least size that was found by bisection.
 
-    Cost: at most 16 forwards per sequence.
+    Cost: at most 16 forwards per sequence (encoders: as many rows of a forward per token).
 
     Raises:
         BadInputError: the edit costs no more than the tolerance, or this kind cannot cost so much.
-        UnsupportedModelError: an encoder, or a model without a language-model head.
+        UnsupportedModelError: a model without a trained language-model head, an encoder without a known mask token.
     """
     if kind not in KINDS:
         raise BadInputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -94,7 +96,7 @@ def matched_damage(
     batch = as_tokens(model, tokens)
 
     def cost(edit: Sequence[Any]) -> float:
-        return float(token_loss(model, batch, hooks=edit).double().nanmean())
+        return float(token_loss(model, batch, hooks=edit, mask_id=mask_id).double().nanmean())
 
     with progress_bar("matching the loss", STEPS + 2, progress) as advance:
         base, target = cost([]), cost(hooks)

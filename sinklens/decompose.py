@@ -15,11 +15,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.errors import BadInputError
 from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
 from sinklens.mean_inputs import gather_means
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import capabilities, same_model
+from sinklens.proof import capabilities, refuse_half_precision, same_model
 from sinklens.reference import DEFAULT_SEQUENCES, sinks_of
 from sinklens.score_terms import PARAMETERS
 from sinklens.selection import Layers, select
@@ -77,11 +77,7 @@ def decompose_sinks(
         UnsupportedModelError: queries and keys that cannot be rebuilt (MLA; the message says where they differ).
     """
     facts = capabilities(model)
-    if model.cfg.dtype not in (torch.float32, torch.float64):
-        raise UnsupportedModelError(
-            f"{facts.model} runs in {model.cfg.dtype}: scores are rebuilt to 1e-3 of their size, which takes float32 "
-            f"or float64; load_model(..., dtype=torch.float32)"
-        )
+    refuse_half_precision(model, "scores are rebuilt")
     if (exact_heads is not None and exact_heads < 1) or (most_scored is not None and most_scored < 1):
         raise BadInputError("exact_heads and most_scored must be at least 1, or None for all")
     scopes = [effects] if isinstance(effects, str) else list(effects or ())

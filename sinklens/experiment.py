@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -20,11 +20,13 @@ from sinklens.flash_scores import choose_backend
 from sinklens.hooks import Hooks
 from sinklens.lives import activity as active_where
 from sinklens.metrics import METRICS, Metric, token_metrics
-from sinklens.models import has_trained_head, untrained_twin
+from sinklens.models import untrained_twin
 from sinklens.outcome import UNTRAINED, Experiment
 from sinklens.pattern_edit import delegates
 from sinklens.plan import Plan, Planned, check_controls
+from sinklens.predictions import check_masking, predictions
 from sinklens.proof import capabilities, same_model
+from sinklens.running import run_blocks
 from sinklens.sinkmap import SinkMap, assemble
 from sinklens.sinks import find_sinks
 from sinklens.store import Store
@@ -45,6 +47,7 @@ def run_experiment(
     twin: bool = False,
     split: bool = False,
     most_scored: int | None = None,
+    mask_id: int | None = None,
     seed: int = 0,
     resume: str | Path | None = None,
     backend: str = "auto",
@@ -53,7 +56,7 @@ def run_experiment(
     """Run base, interventions and controls on the same sequences, and keep every token's metrics.
 
     Args:
-        model: a causal model with a trained head.
+        model: a decoder, or an encoder with a trained masked-LM head: its loss is the pseudo-loss of masked tokens.
         tokens: the sequences; intervals need 16 documents.
         interventions: by label: what a hook builder returns, a plain list of TransformerLens hooks, or a function from
             the discovery half's Tokens to hooks (with ``split``).
@@ -66,6 +69,7 @@ def run_experiment(
         split: halve the documents at random; interventions given as functions are built on the discovery half, all
             effects are measured on the other.
         most_scored: score at most so many predictions per sequence, drawn at random, the same in every run.
+        mask_id: the id of an encoder's [MASK], where its tokenizer names none.
         seed: of draws: controls, split, scored positions, the twin.
         backend: "flash" runs attention in blocks of query rows, in O(T) memory; "hooks" lets the host do it; "auto"
             takes flash where the model's proof and all hooks allow it. ``info["backend"]`` says which ran.
@@ -76,20 +80,21 @@ def run_experiment(
     for base, interventions and controls. A sequence in which an intervention has nothing to edit, or a control not as
     many places as the sinks, does not count for that row.
 
+    An encoder's prediction at a position is of the token there, replaced by [MASK], from the rest (special tokens are
+    not scored): ``-log p(token p | the rest)``, Salazar et al. 2020. Base, interventions and controls run on the same
+    masked copies, and edits act on each copy at the positions that they have in the text. Side effects are those of
+    the text without a mask.
+
     Cost: per sequence one forward without the unembedding for the sinks, one for the base, and one per intervention
-    and control (and the same again for ``twin``); the base's probabilities of one sequence are held.
+    and control (and the same again for ``twin``); encoders: one more row of a forward per scored position and run. The
+    base's logits of one sequence are held.
 
     Raises:
         BadInputError: nothing to run, unknown names, a plain list of hooks with named controls, a folder of another
             experiment.
-        UnsupportedModelError: a model that predicts no next token.
+        UnsupportedModelError: weights without a trained language-model head, an encoder without a known mask token.
     """
-    facts = capabilities(model)
-    if not facts.causal or not has_trained_head(model):
-        raise UnsupportedModelError(
-            f"{facts.model} predicts no next token (an encoder, or weights without a language-model head), so loss and "
-            f"KL mean nothing; sink_scores and the hook builders work on it"
-        )
+    read = predictions(model, mask_id)
     if not interventions:
         raise BadInputError("there is no intervention to run; give {'label': hooks}")
     batch = as_tokens(model, tokens).to("cpu")
@@ -98,7 +103,9 @@ def run_experiment(
     check_controls(controls, named)
     chosen_metrics = _metrics(metrics)
     found = _found(model, test, sinks, progress)
-    plan = Plan(test, found, named, controls, seed, most_scored)
+    plan = Plan(test, found, named, controls, seed, most_scored, read)
+    if read.mask_id is not None:
+        check_masking(model, test[0].trim().to(str(model.cfg.device)).ids, int(plan.scored[0][0]), read.mask_id)
     way = _backend(model, plan, backend)
     store = Store(resume, plan, list(chosen_metrics), twin, way)
     shadow = untrained_twin(model, seed) if twin else None
@@ -203,7 +210,7 @@ def _measure(
     length, scored = int(one.lengths[0]), plan.scored[b]
     values = torch.full((len(runs), len(metrics), length), torch.nan)
     side: list[dict[str, Any]] = []
-    targets = one.ids[0, 1:][scored.to(one.ids.device)]
+    targets = plan.read.targets(one.ids, scored)
     base: Tensor | None = None
     sinks = torch.zeros(length, dtype=torch.bool)
     sinks[[p for s, p in plan.found.places or () if s == b]] = True
@@ -220,7 +227,13 @@ def _measure(
         with flash(model) if way == "flash" else hooked(model) as state:
             if state is not None:
                 state.watch = watch
-            logits = scored_logits(model, one.ids, scored, [*first, *run.hooks, *last])
+            hooks = [*first, *run.hooks, *last]
+            if plan.read.masked:
+                run_blocks(model, one.ids, hooks, flashing=state is not None)
+                hooks = [*run.hooks]
+                if state is not None:
+                    state.watch = None
+            logits = plan.read.logits(model, one.ids, scored, hooks)
         base = logits if base is None else base
         for m, metric in enumerate(metrics.values()):
             values[r, m, scored] = token_metrics(metric, logits, base, targets).float()
@@ -241,19 +254,3 @@ def _active(watch: Watch, plan: Plan, b: int) -> Sequence[Any]:
     thresholds = plan.found.thresholds
     found, _ = assemble(active_where(mass, uniform, thresholds), mass, None, one, thresholds, attended=None)
     return found
-
-
-def scored_logits(
-    model: TransformerBridge, ids: Int[Tensor, "1 pos"], scored: Int[Tensor, " scored"], hooks: Sequence[Any]
-) -> Float[Tensor, "scored vocabulary"]:
-    """Logits at some positions only: the unembedding sees no others (unless the hooks look at it themselves)."""
-    index = scored.to(ids.device)
-    late = any(isinstance(name, str) and name.startswith("unembed") for name, _ in hooks)
-
-    def choose(tensor: Tensor, hook: Any) -> Tensor:
-        return tensor[:, index]
-
-    few = [] if late else [("unembed.hook_in", choose)]
-    with torch.no_grad():
-        logits = model.run_with_hooks(ids, fwd_hooks=[*hooks, *few])[0]
-    return logits[index] if late else logits

@@ -176,11 +176,8 @@ class _Host:
         for config, before in self.implementations:
             config._attn_implementation = before if state is None else NAME
         for layer, (attention, component) in enumerate(zip(self.attentions, self.components, strict=True)):
-            attention.__dict__.pop("forward", None)
-            if state is not None:
-                attention.__dict__["forward"] = partial(_delegated, attention, state, layer)
-            elif self.forwards[layer] is not None:
-                attention.__dict__["forward"] = self.forwards[layer]
+            ours = None if state is None else partial(_delegated, attention, state, layer)
+            _put_forward(attention, ours or self.forwards[layer])
             for module in component:
                 _owners.pop(module, None)
                 if state is not None:
@@ -295,9 +292,11 @@ def once(component: nn.Module, armed: Armed, attend: Callable[..., tuple[Tensor,
     _pending[component] = [*waiting, armed]
     configs: list[Any] = [getattr(m, "config", None) for m in component.modules()]
     unique = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+    installed = component.__dict__.get("forward")  # accelerate keeps the forward that brings offloaded weights there
+    before_us = installed.keywords["own"] if isinstance(installed, partial) and installed.func is _once else installed
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        component.__dict__.pop("forward", None)
+        _put_forward(component, before_us)
         edits = [a.run for a in _pending.pop(component, ()) if a.stands()]
         if not edits:  # an earlier forward raised before it came here
             return component.forward(*args, **kwargs)
@@ -314,7 +313,19 @@ def once(component: nn.Module, armed: Armed, attend: Callable[..., tuple[Tensor,
             for module in component.modules():
                 _owners.pop(module, None)
 
-    component.__dict__["forward"] = wrapped
+    component.__dict__["forward"] = partial(_once, wrapped, own=before_us)
+
+
+def _once(wrapped: Callable[..., Any], *args: Any, own: Any, **kwargs: Any) -> Any:  # noqa: ARG001
+    """The forward of a module that waits for its edited call; ``own`` is what stood there before."""
+    return wrapped(*args, **kwargs)
+
+
+def _put_forward(module: nn.Module, forward: Any) -> None:
+    """Put a module's own forward in force; None is its class's."""
+    module.__dict__.pop("forward", None)
+    if forward is not None:
+        module.__dict__["forward"] = forward
 
 
 def _function(

@@ -25,6 +25,7 @@ from sinklens.attention import attention_hook, block_input, block_output, origin
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import hooked
 from sinklens.frozen import frozen_norm
+from sinklens.offload import refuse_offloaded
 from sinklens.proof import capabilities, has_hook
 
 PROBES = 16
@@ -61,6 +62,7 @@ class Stream:
         frozen_norms: bool = False,
     ) -> None:
         facts = capabilities(model)
+        refuse_offloaded(model.original_model, facts.model, "a Jacobian")
         if not 0 <= layer < facts.n_layers:
             raise BadInputError(f"layer {layer} is out of range: the model has {facts.n_layers}")
         if frozen_attention and not facts.pattern_edit:

@@ -17,11 +17,12 @@ from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.experiment import run_experiment, scored_logits
+from sinklens.experiment import run_experiment
 from sinklens.flash_backend import hooked
 from sinklens.metrics import METRICS, token_metrics
 from sinklens.models import has_trained_head
 from sinklens.places import Places
+from sinklens.predictions import scored_logits
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
 from sinklens.sinkmap import SinkMap
@@ -56,8 +57,8 @@ def check_metrics(model: TransformerBridge, metrics: Sequence[str] | str | None)
         raise BadInputError(f"metrics of the 2x2 must be loss, kl or {EMBEDDING}, got {wrong or 'none'}")
     if not predicts and set(metrics) & {"loss", "kl"}:
         raise BadInputError(
-            f"{facts.model} predicts no next token (an encoder, or weights without a language-model head), so it "
-            f"has no loss; leave metrics out, or ask for {EMBEDDING!r}: 1 - cos of the mean-pooled embedding"
+            f"{facts.model} predicts no next token (an encoder, or weights without a language-model head), which the "
+            f"2x2's loss is of; leave metrics out, or ask for {EMBEDDING!r}: 1 - cos of the mean-pooled embedding"
         )
     return tuple(metrics)
 

@@ -15,6 +15,7 @@ from sinklens.attention import block_output, logit_factor, original
 from sinklens.decomposition import NUMBERS
 from sinklens.frozen import FrozenNorm, frozen_norm
 from sinklens.models import has_trained_head
+from sinklens.offload import real_weights
 from sinklens.proof import Capabilities, has_hook
 from sinklens.tokens import Tokens
 
@@ -35,8 +36,8 @@ class LogitEffects:
     """Collects the late layers' writes during one forward, and turns them into logits at its end.
 
     A head's write at query i, ``p_i u W_O``, goes through the attention's post-norm (where there is one) and the final
-    norm, both with their scale frozen, and through W_U. Models without a trained head have none: NaN. A softcap on the
-    logits is left out.
+    norm, both with their scale frozen, and through W_U. Encoders and models without a trained head have none: NaN. A
+    softcap on the logits is left out.
     """
 
     def __init__(self, model: TransformerBridge, facts: Capabilities) -> None:
@@ -109,7 +110,8 @@ class LogitEffects:
     def _vocabulary(self) -> tuple[Tensor, Tensor, Tensor]:
         """W_U [d_model, vocabulary], its mean column, its columns' covariance."""
         if self._unembedding is None:
-            weight = self.model.W_U.detach().to(self._seen["in"]) * logit_factor(self.model)
+            with real_weights(self.model.unembed):
+                weight = self.model.W_U.detach().to(self._seen["in"]) * logit_factor(self.model)
             mean = weight.mean(1)
             covariance = weight @ weight.mT / weight.shape[1] - torch.outer(mean, mean)
             self._unembedding = weight, mean, covariance

@@ -10,35 +10,57 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.models import has_trained_head
-from sinklens.proof import capabilities
+from sinklens.errors import BadInputError
+from sinklens.predictions import check_masking, drawn, predictions
 from sinklens.tokens import Tokens, as_tokens
 
 
 def token_loss(
-    model: TransformerBridge, tokens: str | Sequence[str] | Tensor | Tokens, *, hooks: Sequence[Any] = ()
+    model: TransformerBridge,
+    tokens: str | Sequence[str] | Tensor | Tokens,
+    *,
+    hooks: Sequence[Any] = (),
+    mask_id: int | None = None,
+    most_scored: int | None = None,
+    seed: int = 0,
 ) -> Float[Tensor, "batch pos"]:
-    """Next-token loss in nats: entry ``[b, p]`` is ``-log p(token p+1 | tokens 0..p)``, NaN at and beyond the last.
+    """Loss per token in nats; its ``nanmean()`` is the usual loss.
 
-    Its ``nanmean()`` is the usual loss. Cost: one forward per sequence; logits of one sequence at a time.
+    Decoders: entry ``[b, p]`` is ``-log p(token p+1 | tokens 0..p)``, NaN at and beyond the last. Encoders: the
+    pseudo-loss ``-log p(token p | the rest)``, with [MASK] in the place of token p (Salazar et al. 2020), NaN at
+    special tokens. Edits act on the masked copies at the positions that they have in the text.
+
+    Args:
+        model: with a trained language-model head.
+        tokens: the sequences; each runs without padding.
+        hooks: an edit.
+        mask_id: the id of an encoder's [MASK], where its tokenizer names none.
+        most_scored: at most so many tokens per sequence, drawn at random; NaN at the others.
+        seed: of that draw.
+
+    Cost: one forward per sequence, for encoders one row of a forward per token; logits of one sequence at a time.
 
     Raises:
-        UnsupportedModelError: a bidirectional model, or weights without a trained language-model head.
+        UnsupportedModelError: weights without a trained language-model head, an encoder without a known mask token.
+        BadInputError: ``mask_id`` for a decoder, a sequence of special tokens only.
     """
-    facts = capabilities(model)
-    if not facts.causal or not has_trained_head(model):
-        raise UnsupportedModelError(
-            f"{facts.model} predicts no next token (an encoder, or weights without a language-model head)"
-        )
+    read = predictions(model, mask_id)
     batch = as_tokens(model, tokens)
     rows = []
-    with torch.no_grad():
-        for i in range(len(batch)):
-            one = batch[i].trim()
-            logits = model.run_with_hooks(one.ids, attention_mask=one.mask, fwd_hooks=list(hooks))
-            loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), one.ids[0, 1:], reduction="none")
-            rows.append(torch.nn.functional.pad(loss.cpu(), (0, 1), value=torch.nan))
+    for b in range(len(batch)):
+        one = batch[b].trim()
+        kept = torch.tensor(read.scorable(batch, b), dtype=torch.long)
+        if not len(kept):
+            raise BadInputError(
+                f"{batch.sources[b]} holds special tokens only, which an encoder is not asked to predict"
+            )
+        if read.mask_id is not None and b == 0:
+            check_masking(model, one.ids, int(kept[0]), read.mask_id)
+        scored = drawn(kept, most_scored, seed + b)
+        logits = read.logits(model, one.ids, scored, hooks)
+        row = torch.full((one.ids.shape[1],), torch.nan)
+        row[scored] = token_metrics(loss, logits, logits, read.targets(one.ids, scored)).float()
+        rows.append(row)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,11 +22,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.proof import capabilities, check_finite_weights
+from sinklens.offload import input_device
+from sinklens.proof import capabilities
 
 # Encoders saved without a head have no adapter; the same weights under a masked-LM head have one. The head is
 # then random and never used.
 _HEADED = {"BertModel": "BertForMaskedLM", "RobertaModel": "RobertaForMaskedLM"}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _native_tokenizers: WeakKeyDictionary[TransformerBridge, PreTrainedTokenizerBase] = WeakKeyDictionary()
 _headless: WeakKeyDictionary[TransformerBridge, bool] = WeakKeyDictionary()
@@ -35,8 +39,10 @@ def load_model(
     name: str | os.PathLike[str] | PreTrainedModel | TransformerBridge,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    device_map: str | dict[str, str | int] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TransformerBridge:
     """A TransformerBridge in raw mode, in eval mode, without gradients on its weights, and proven.
@@ -46,8 +52,14 @@ def load_model(
             file (dequantised once into the cache), a Hugging Face hub id, a transformers model (it is wrapped in
             place: its attention becomes eager), or an existing bridge (taken as it is).
         device: where the weights go; default the host's choice (CUDA if there is one). Not for model objects.
-        dtype: default float32, also for checkpoints stored in half precision. Not for model objects.
-        device_map: passed to transformers for dispatched loading.
+        dtype: a floating torch dtype or its name, such as "bfloat16"; default float32, also for checkpoints stored in
+            half precision. Not for model objects.
+        device_map: for models larger than one device's memory: "auto", or modules to devices, "cpu" and "disk"
+            included. Weights that are offloaded come into memory when their module runs.
+        max_memory: with ``device_map``, at most so much per device, such as ``{0: "20GB", "cpu": "60GB"}``; the rest
+            goes to disk.
+        offload_folder: where weights go that stay on disk and whose file does not hold them as they are run (another
+            dtype); safetensors that do are read in place.
         tokenizer: for a transformers model object; without it, inputs must be token ids.
 
     The proof (:func:`sinklens.capabilities`) runs at once, so that a model that sinklens cannot measure is
@@ -59,14 +71,18 @@ def load_model(
         SinklensError: an embedded model could not be fetched.
     """
     if isinstance(name, (TransformerBridge, PreTrainedModel)):
-        if device is not None or dtype is not None or device_map is not None:
-            raise BadInputError("device, dtype and device_map are for models loaded by name; move the object yourself")
+        if any(option is not None for option in (device, dtype, device_map, max_memory, offload_folder)):
+            raise BadInputError(
+                "device, dtype, device_map, max_memory and offload_folder are for models loaded by name; move the "
+                "object yourself"
+            )
         bridge = name if isinstance(name, TransformerBridge) else _boot_object(name, tokenizer)
     elif tokenizer is not None:
         raise BadInputError("tokenizer= goes with a transformers model object; a named model brings its own")
     else:
+        chosen, dispatch = _dtype(dtype), _dispatch(device, device_map, max_memory, offload_folder)
         folder = _locate(os.fspath(name))
-        bridge = _boot_named(os.fspath(name), folder, device=device, dtype=dtype, device_map=device_map)
+        bridge = _boot_named(os.fspath(name), folder, device=device, dtype=chosen, dispatch=dispatch)
     for parameter in bridge.parameters():
         parameter.requires_grad_(False)
     bridge.eval()
@@ -141,7 +157,33 @@ def _check_hub(name: str) -> None:
         raise _load_error(name, name, error) from error
 
 
-def _boot_named(name: str, source: str, *, device: Any, dtype: Any, device_map: Any) -> TransformerBridge:
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A floating dtype from its name; float32 by default."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise BadInputError(f"dtype must be one of {names} (a torch dtype or its name), got {dtype!r}")
+    return found
+
+
+def _dispatch(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -> dict[str, Any]:
+    """What transformers is told about devices."""
+    if device_map is None:
+        if max_memory is not None or offload_folder is not None:
+            raise BadInputError("max_memory= and offload_folder= go with device_map=, such as device_map='auto'")
+        return {}
+    if device is not None:
+        raise BadInputError("device= puts the whole model on one device; give it or device_map=, not both")
+    device_map = device_map if isinstance(device_map, str) else dict(device_map)
+    if isinstance(device_map, dict) and set(device_map.values()) == {"disk"}:
+        raise BadInputError(
+            "device_map puts everything on disk; leave the embedding on the device that computes: 'cpu', 0"
+        )
+    found = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _boot_named(name: str, source: str, *, device: Any, dtype: Any, dispatch: dict[str, Any]) -> TransformerBridge:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         declared = _declared_architecture(config, name)
@@ -152,8 +194,8 @@ def _boot_named(name: str, source: str, *, device: Any, dtype: Any, device_map: 
             hf, report = model_class.from_pretrained(
                 source,
                 config=config,
-                dtype=dtype or torch.float32,
-                device_map=device_map,
+                dtype=dtype,
+                **dispatch,
                 attn_implementation="eager",
                 use_safetensors=True,
                 output_loading_info=True,
@@ -166,9 +208,8 @@ def _boot_named(name: str, source: str, *, device: Any, dtype: Any, device_map: 
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise _load_error(name, source, error) from error
     _check_loaded(name, report, head_may_miss=declared != architecture)
-    if device_map is None:
+    if not dispatch:
         hf = hf.to(device or get_device())
-    check_finite_weights(hf.named_parameters())
     bridge = _boot(hf, tokenizer, name)
     if declared != architecture and report["missing_keys"]:
         _headless[bridge] = True
@@ -223,7 +264,6 @@ def _check_loaded(name: str, report: dict[str, Any], head_may_miss: bool) -> Non
 
 def _boot_object(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
     name = hf.config.name_or_path or type(hf).__name__
-    check_finite_weights(hf.named_parameters())
     if not hf.config.architectures:
         hf.config.architectures = [type(hf).__name__]
     hf.set_attn_implementation("eager")
@@ -234,16 +274,21 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: 
     architecture = type(hf).__name__
     try:
         if tokenizer is None:  # boot_transformers would ask the hub for one
-            return build_bridge_from_module(hf, architecture, hf_config=hf.config, model_name=name)
+            return build_bridge_from_module(
+                hf, architecture, hf_config=hf.config, model_name=name, device=input_device(hf)
+            )
         with tempfile.TemporaryDirectory() as folder:
             native = tokenizer
             if not tokenizer.name_or_path or not Path(tokenizer.name_or_path).is_dir():
                 tokenizer.save_pretrained(folder)  # the host reads it again from where it came from
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-            bridge = TransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer, device=hf.device)
+            bridge = TransformerBridge.boot_transformers(
+                name, hf_model=hf, tokenizer=tokenizer, device=input_device(hf), dtype=hf.dtype
+            )
     except (ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"{name}: TransformerLens cannot wrap {architecture} ({str(error).splitlines()[0]})"
         ) from error
+    bridge.cfg.device = str(input_device(hf))  # the host names the embedding's own device, "meta" where it is on disk
     _native_tokenizers[bridge] = native
     return bridge

@@ -22,6 +22,7 @@ from sinklens.components import Component, Contributions, component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
+from sinklens.offload import real_weights
 from sinklens.proof import has_hook
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat, stream_hooks
@@ -255,8 +256,9 @@ class _Layer:
         run_blocks(model, ids, hooks, until=block_output(layer))
         self.seen = seen
         self.activations = seen["mlp.out.hook_in"]
-        self.weight: Float[Tensor, "neuron d_model"] = self.mlp.W_out.detach().to(self.activations)
-        self.bias = None if self.mlp.b_out is None else self.mlp.b_out.detach().to(self.activations)
+        with real_weights(self.mlp):
+            self.weight: Float[Tensor, "neuron d_model"] = self.mlp.W_out.detach().to(self.activations)
+            self.bias = None if self.mlp.b_out is None else self.mlp.b_out.detach().to(self.activations)
         rebuilt = self.activations @ self.weight + (0 if self.bias is None else self.bias)
         if (rebuilt - seen["mlp.hook_out"]).abs().max() > TOLERANCE * (1 + rebuilt.abs().max()):
             raise UnsupportedModelError(
@@ -276,7 +278,8 @@ class _Layer:
         """Cosine of every neuron's input weights with the MLP's input at the sink minus its mean elsewhere."""
         x = self.seen["mlp.hook_in"]
         apart = x[self.at[0]] - x[self.at[1:]].mean(0)
-        weights = {"in_cosine": self.mlp.W_in, "gate_cosine": self.mlp.W_gate}
+        with real_weights(self.mlp):
+            weights = {"in_cosine": self.mlp.W_in, "gate_cosine": self.mlp.W_gate}
         return {
             name: torch.cosine_similarity(w.detach().to(apart), apart[:, None], dim=0)
             for name, w in weights.items()
@@ -310,7 +313,9 @@ class _Layer:
             return [], f"the input of MLP {self.layer} is not the sum of what was written before it"
         stack = norm.at(self.at).linear(torch.stack([part for _, part in parts]))
         rows = []
-        for which, weight, bias in (("in", self.mlp.W_in, self.mlp.b_in), ("gate", self.mlp.W_gate, self._gate_bias())):
+        with real_weights(self.mlp):
+            matrices = ("in", self.mlp.W_in, self.mlp.b_in), ("gate", self.mlp.W_gate, self._gate_bias())
+        for which, weight, bias in matrices:
             if weight is None:
                 continue
             w = weight.detach().to(stack)

@@ -38,8 +38,9 @@ class Experiment:
 
     Attributes:
         runs: base first, then each intervention with its controls.
-        metrics: by name, every scored token's value: [run, batch, pos], at the position that predicts; NaN where it
-            is not scored, or where the run does not count (nothing to edit, too few control tokens).
+        metrics: by name, every scored token's value: [run, batch, pos], at the position that predicts (encoders: that
+            is masked); NaN where it is not scored, or where the run does not count (nothing to edit, too few control
+            tokens).
         side: side effects per run and sequence, see :meth:`side_effects`.
         tokens: the sequences that were measured.
         discovery: the sources of the other half, where the documents were split.

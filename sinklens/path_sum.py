@@ -38,7 +38,8 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
 from sinklens.mixing_setup import Sinks, sinks_of
-from sinklens.proof import capabilities, has_hook
+from sinklens.offload import refuse_offloaded
+from sinklens.proof import capabilities, has_hook, refuse_half_precision
 from sinklens.results import atomic_path
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat
@@ -164,6 +165,8 @@ def path_sum_bound(
     """The bound of every block (l, i, j) of one unpadded sequence. Cost: one forward, and ``60`` times two passes
     through the MLPs. Memory: one layer's patterns.
     """
+    refuse_offloaded(model.original_model, str(model.cfg.model_name), "the path-sum bound")
+    refuse_half_precision(model, "blocks are summed up again")
     length = ids.shape[1]
     points = [p for p in (*POINTS, *NORM_POINTS) if has_hook(model, f"blocks.0.{p}")]
     seen: dict[str, Tensor] = {}

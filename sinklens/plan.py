@@ -15,6 +15,7 @@ from sinklens.errors import BadInputError
 from sinklens.hooks import Hooks
 from sinklens.outcome import Run
 from sinklens.places import Place
+from sinklens.predictions import Predictions, drawn
 from sinklens.sinkmap import SinkMap
 from sinklens.tokens import Tokens
 
@@ -39,13 +40,16 @@ class Plan:
         controls: Sequence[str] | Mapping[str, Mapping[str, Sequence[Any]]],
         seed: int,
         most_scored: int | None,
+        read: Predictions,
     ) -> None:
-        self.tokens, self.found, self.seed = tokens, found, seed
+        self.tokens, self.found, self.seed, self.read = tokens, found, seed, read
         everywhere = range(len(tokens))
         wanted = {label: [_places(hooks, tokens, b) for b in everywhere] for label, hooks in named.items()}
         taken = [sorted({e.position for rows in wanted.values() for e in rows[b]}) for b in everywhere]
         among = [candidates(self.found, tokens, b, taken[b]) for b in everywhere]
         self.notes: list[str] = list(self.found.notes)
+        if read.masked:
+            self.notes.append("loss, kl and top1 are of masked tokens: -log p(token | the rest), [MASK] in its place")
         nothing: tuple[tuple[Place, ...], ...] = ((),) * len(tokens)
         self.runs: list[Planned] = [Planned("base", "", (), (True,) * len(tokens), nothing)]
         for label, hooks in named.items():
@@ -103,16 +107,13 @@ class Plan:
         length = int(self.tokens.lengths[b])
         left_out = {p for s, p in self.found.places or () if s == b}
         left_out |= {e.position for run in self.runs for e in run.places[b]}
-        kept = torch.tensor([p for p in range(length - 1) if p not in left_out], dtype=torch.long)
+        kept = torch.tensor([p for p in self.read.scorable(self.tokens, b) if p not in left_out], dtype=torch.long)
         if not len(kept):
             raise BadInputError(
                 f"sequence {b} ({self.tokens.sources[b]}, {length} tokens) has no position left to score: each one is "
-                f"a sink, edited, or a control; give longer sequences or fewer edits"
+                f"a sink, edited, a control, or a special token of an encoder; give longer sequences or fewer edits"
             )
-        if most is not None and most < len(kept):
-            generator = torch.Generator().manual_seed(self.seed + b)
-            kept = kept[torch.randperm(len(kept), generator=generator)[:most]].sort().values
-        return kept
+        return drawn(kept, most, self.seed + b)
 
 
 def hooks_have_tokens(hooks: Sequence[Any]) -> bool:

@@ -9,7 +9,7 @@ happened. Every later function asks this record.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,6 +29,7 @@ from sinklens.attention import (
     learned_sink_logits,
 )
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.offload import real_weights
 
 PROBE_LENGTH = 29  # a prime, so that no head count equals it and layouts are unambiguous
 LONGEST_WINDOW_PROBE = 1024
@@ -123,19 +124,37 @@ def same_model(info: dict[str, Any], facts: Capabilities) -> bool:
     return recorded == asdict(facts)
 
 
-def check_finite_weights(parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise BadInputError naming the first parameter that holds NaN or infinity."""
-    for name, weight in parameters:
-        # A sum is finite in all but pathological cases, so the exact test runs on suspicion only.
-        if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
-            bad = int((~weight.isfinite()).sum())
-            raise BadInputError(f"the weights are damaged: {name} holds {bad} NaN or infinite values; load them again")
+def refuse_half_precision(model: TransformerBridge, what: str) -> None:
+    """Raise UnsupportedModelError where a model runs in less than float32."""
+    if model.cfg.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name} runs in {model.cfg.dtype}: {what} to 1e-3 of their size, which takes float32 or "
+            f"float64; load_model(..., dtype='float32')"
+        )
+
+
+def check_finite_weights(model: torch.nn.Module) -> None:
+    """Raise BadInputError naming the first parameter that holds NaN or infinity; offloaded ones are read in turn."""
+    seen: set[torch.nn.Parameter] = set()
+    for path, module in model.named_modules():
+        if all(parameter in seen for parameter in module.parameters(recurse=False)):
+            continue
+        seen.update(module.parameters(recurse=False))
+        with real_weights(module, deep=False):
+            for name, weight in module.named_parameters(recurse=False):
+                # A sum is finite in all but pathological cases, so the exact test runs on suspicion only.
+                if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
+                    bad = int((~weight.isfinite()).sum())
+                    full = f"{path}.{name}".replace("_original_component.", "")
+                    raise BadInputError(
+                        f"the weights are damaged: {full} holds {bad} NaN or infinite values; load them again"
+                    )
 
 
 def prove(model: TransformerBridge) -> Capabilities:
     """Run the proof. Cost: two short forwards, three partial ones, and one partial forward per window probed."""
     _refuse_other_modalities(model)
-    check_finite_weights(model.original_model.named_parameters())
+    check_finite_weights(model.original_model)
     windows = declared_windows(model)
     layers = range(model.cfg.n_layers)
     ids = _probe_ids(model, PROBE_LENGTH)
@@ -214,7 +233,7 @@ def _observe(model: TransformerBridge, ids: Tensor) -> tuple[dict[str, Tensor], 
 
     def keep(name: str) -> Callable[..., None]:
         def hook(tensor: Tensor, hook: Any) -> None:
-            seen[name] = tensor.detach().clone()
+            seen[name] = tensor.detach().to(str(model.cfg.device), copy=True)  # sharded layers are elsewhere
 
         return hook
 
@@ -289,7 +308,7 @@ def _prove_windows(model: TransformerBridge, windows: tuple[int | None, ...], ca
         seen: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor, hook: Any, seen: dict[str, Tensor] = seen) -> None:
-            seen["scores" if "scores" in hook.name else "pattern"] = tensor.detach()
+            seen["scores" if "scores" in hook.name else "pattern"] = tensor.detach().to(str(model.cfg.device))
 
         names = [attention_hook(layer, "hook_attn_scores"), attention_hook(layer, "hook_pattern")]
         with torch.no_grad():
@@ -338,7 +357,7 @@ def _edit_moves_output(model: TransformerBridge, ids: Tensor, seen: dict[str, Te
     after: list[Tensor] = []
     hooks = [
         (attention_hook(layer, point), edit),
-        (block_output(layer), lambda t, hook: after.append(t.detach())),
+        (block_output(layer), lambda t, hook: after.append(t.detach().to(str(model.cfg.device)))),
     ]
     if not has_hook(model, attention_hook(layer, point)):
         return False

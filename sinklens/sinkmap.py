@@ -42,6 +42,7 @@ class Sink:
         masses: mean far importance over heads, per layer.
         heads: (layer, head) with far importance above ``head_use``.
         attended: whether it is active by attention in any layer; None where beta is undefined.
+        special: whether a special token stands there (BOS, [CLS], [SEP], ...), by id.
     """
 
     sequence: int
@@ -59,6 +60,7 @@ class Sink:
     masses: tuple[float, ...]
     heads: tuple[tuple[int, int], ...]
     attended: bool | None
+    special: bool = False
 
     @property
     def residual_onset(self) -> int:
@@ -142,8 +144,9 @@ class SinkMap:
         layer: int | None = None,
         token: str | None = None,
         sequence: int | None = None,
+        special: bool | None = None,
     ) -> SinkMap:
-        """The sinks of a kind, alive at a layer, of a token's text, or of a sequence."""
+        """The sinks of a kind, alive at a layer, of a token's text, of a sequence, or at special tokens (or not)."""
         if layer is not None and not 0 <= layer < self.n_layers:
             raise BadInputError(f"layer {layer} is out of range: the model has {self.n_layers}")
         if sequence is not None and not 0 <= sequence < len(self.tokens):
@@ -155,6 +158,7 @@ class SinkMap:
             and (layer is None or any(a <= layer <= b for a, b, _ in sink.episodes))
             and (token is None or sink.token == token)
             and (sequence is None or sink.sequence == sequence)
+            and (special is None or sink.special == special)
         )
         return replace(self, sinks=tuple(kept))
 
@@ -250,11 +254,12 @@ class SinkMap:
                 "episodes": len(s.episodes),
                 "heads": len(s.heads),
                 "attended": s.attended,
+                "special": s.special,
             }
             for s in self.sinks
         ]
         columns = ["sequence", "position", "token", "token_id", "kind", "reason", "onset", "end", "lifetime"]
-        columns += ["residual_onset", "mass", "bridged", "episodes", "heads", "attended"]
+        columns += ["residual_onset", "mass", "bridged", "episodes", "heads", "attended", "special"]
         return pd.DataFrame(rows, columns=pd.Index(columns))
 
     def plot(self) -> Figure:
@@ -375,6 +380,7 @@ def assemble(
                     masses=tuple(mass[b, :, p].tolist()),
                     heads=tuple((layer, head) for layer, head in use),
                     attended=None if unknown else bool(by_attention[b, :, p].any()),
+                    special=bool(tokens.special[b][tokens.mask[b]][p]),
                 )
             )
     return tuple(sinks), tuple(chosen)

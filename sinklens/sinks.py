@@ -197,6 +197,7 @@ def _by_wong(model: TransformerBridge, batch: Tokens, reference: SinkMap, progre
                     masses=tuple(masses.tolist()),
                     heads=(),
                     attended=None if masses.isnan().all() else bool(attended[b, :, token.position].any()),
+                    special=bool(batch.special[b][batch.mask[b]][token.position]),
                 )
             )
     notes = reference.notes

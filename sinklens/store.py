@@ -51,6 +51,7 @@ class Store:
             "metrics": self.metrics,
             "scored": [len(s) for s in self.plan.scored],
             "seed": self.plan.seed,
+            "mask_id": self.plan.read.mask_id,
         }
 
     def _open(self, folder: Path) -> None:
@@ -98,6 +99,7 @@ class Store:
             values[:, :, b, : found.shape[-1]] = found
             side += rows
         ran = {"backend": self.backend, "seed": plan.seed, "thresholds": asdict(plan.found.thresholds)}
+        ran |= {"loss": plan.read.words, "mask_id": plan.read.mask_id}
         hooks_notes = [f"{r.label}: {note}" for r in plan.runs if isinstance(r.hooks, Hooks) for note in r.hooks.notes]
         return Experiment(
             runs=tuple(self.runs),

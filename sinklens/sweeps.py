@@ -25,7 +25,6 @@ from sinklens.attention import attention_hook, block_input, grouped_by_head
 from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.experiment import scored_logits
 from sinklens.flash_backend import hooked
 from sinklens.forward import READERS
 from sinklens.hooks import Hooks
@@ -33,6 +32,7 @@ from sinklens.metrics import METRICS, token_metrics
 from sinklens.models import has_trained_head
 from sinklens.pattern_edit import delegates
 from sinklens.places import Sinks, find_places
+from sinklens.predictions import drawn, scored_logits
 from sinklens.proof import capabilities
 from sinklens.sweep_result import Sweep
 from sinklens.tokens import Tokens, as_tokens
@@ -87,7 +87,10 @@ def sweep_ablation(
     if estimate and over != "layer-head":
         raise BadInputError("the first-order estimate is per (layer, head): over='layer-head'")
     if not facts.causal or not has_trained_head(model):
-        raise UnsupportedModelError(f"{facts.model} predicts no next token, so an ablation has no loss to change")
+        raise UnsupportedModelError(
+            f"{facts.model} predicts no next token, which a sweep is judged by; for the pseudo-loss of an encoder with "
+            f"a trained head use run_experiment over ablate_sinks(layers=..., heads=...)"
+        )
     if over == "dose" and (mode not in ("renormalize", "scale") or "g" in options or not len(doses)):
         raise BadInputError("over='dose' sweeps mode 'scale' over doses=; leave mode and g out")
     if estimate and delegates(model):
@@ -185,10 +188,7 @@ def scored_positions(one: Tokens, edited: set[int], most: int | None, seed: int)
     kept = torch.tensor([p for p in range(int(one.lengths[0]) - 1) if p not in edited], dtype=torch.long)
     if not len(kept):
         raise BadInputError(f"{one.sources[0]} has no position left to score; give longer sequences")
-    if most is not None and most < len(kept):
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
-        kept = kept[order[:most]].sort().values
-    return kept
+    return drawn(kept, most, seed)
 
 
 def _measure(

@@ -24,7 +24,7 @@ from sinklens.components import Component
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.lives import activity
-from sinklens.proof import capabilities, same_model
+from sinklens.proof import capabilities, refuse_half_precision, same_model
 from sinklens.reference import DEFAULT_SEQUENCES
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.sinks import find_sinks
@@ -79,6 +79,7 @@ def trace_sinks(
         UnsupportedModelError: what components write cannot be told apart or replaced.
     """
     facts = capabilities(model)
+    refuse_half_precision(model, "what components write is summed up again")
     if most_proven is not None and most_proven < 0:
         raise BadInputError(f"most_proven must be at least 0, got {most_proven}; causal=False proves nothing")
     wrong = set(replacements) - set(REPLACEMENTS)

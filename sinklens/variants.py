@@ -17,6 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError
 from sinklens.metrics import token_loss
+from sinklens.predictions import predictions
+from sinklens.proof import capabilities
 from sinklens.statistics import interval
 from sinklens.tokens import Tokens, as_tokens, pad_rows
 from sinklens.vocabulary import vocabulary
@@ -30,7 +32,7 @@ class BosVariants(dict[str, Tokens]):
 
     ``targets[name][b]`` are the positions, in that variant, of sequence b's scored tokens: the same tokens in the
     same order in each. Left out are the first two tokens and the one that follows the moved token, since not every
-    variant predicts them from text.
+    variant predicts them from text, and an encoder's special tokens.
     """
 
     def __init__(self, variants: dict[str, Tokens], targets: dict[str, list[list[int]]], replacement: str) -> None:
@@ -39,21 +41,24 @@ class BosVariants(dict[str, Tokens]):
         self.replacement = replacement
 
     def losses(
-        self, model: TransformerBridge, *, hooks: Sequence[Any] = ()
+        self, model: TransformerBridge, *, hooks: Sequence[Any] = (), mask_id: int | None = None
     ) -> dict[str, list[Float[Tensor, " target"]]]:
-        """Loss in nats of every scored token, per variant and sequence."""
+        """Loss in nats of every scored token, per variant and sequence (encoders: pseudo-loss, :func:`token_loss`)."""
         found: dict[str, list[Tensor]] = {}
+        before = int(predictions(model, mask_id).mask_id is None)  # a decoder predicts a token at the one before it
         for name, tokens in self.items():
-            loss = token_loss(model, tokens, hooks=hooks)
-            found[name] = [loss[b, [p - 1 for p in row]] for b, row in enumerate(self.targets[name])]
+            loss = token_loss(model, tokens, hooks=hooks, mask_id=mask_id)
+            found[name] = [loss[b, [p - before for p in row]] for b, row in enumerate(self.targets[name])]
         return found
 
-    def to_dataframe(self, model: TransformerBridge, *, hooks: Sequence[Any] = ()) -> pd.DataFrame:
+    def to_dataframe(
+        self, model: TransformerBridge, *, hooks: Sequence[Any] = (), mask_id: int | None = None
+    ) -> pd.DataFrame:
         """Mean loss per variant and its difference from "keep", with 95 % intervals over documents (16 or more).
 
-        Cost: one forward per sequence and variant.
+        Cost: one forward per sequence and variant (encoders: one row of a forward per token).
         """
-        losses = self.losses(model, hooks=hooks)
+        losses = self.losses(model, hooks=hooks, mask_id=mask_id)
         documents = next(iter(self.values())).documents
         kept = torch.stack([row.mean() for row in losses["keep"]])
         rows = []
@@ -106,7 +111,9 @@ def bos_variants(
         if first == chosen:
             raise BadInputError(f"sequence {b} begins with the replacement {chosen} already; give another one")
         half = len(rest) // 2  # the first token is moved behind rest[:half]
-        scored = [j for j in range(2, len(rest) + 1) if j != half + 1]
+        special = batch.special[b][batch.mask[b]].tolist()
+        never = special if not capabilities(model).causal else [False] * len(special)  # an encoder's [SEP]
+        scored = [j for j in range(2, len(rest) + 1) if j != half + 1 and not never[j]]
         made = {
             "keep": ([first, *rest], scored),
             "removed": (rest, [j - 1 for j in scored]),

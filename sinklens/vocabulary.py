@@ -8,6 +8,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError
@@ -84,6 +86,26 @@ class Vocabulary:
         # part of a character: the byte-level piece tells such tokens apart, the replacement character does not
         return str(piece) if "\ufffd" in text else text
 
+    def id_of(self, name: str | int) -> int:
+        """The id of a token by its name (``"[CLS]"``), its text (``" the"``), or its id.
+
+        Raises:
+            BadInputError: no such token, or a text of several.
+        """
+        if isinstance(name, int):
+            if not 0 <= name < self.size:
+                raise BadInputError(f"token id {name} is outside the vocabulary (0 to {self.size - 1})")
+            return name
+        if self.tokenizer is None:
+            raise BadInputError(f"this model came without a tokenizer, so {name!r} is unknown: give the token's id")
+        found = self.tokenizer.convert_tokens_to_ids(name)
+        if found is not None and self.tokenizer.convert_ids_to_tokens(found) == name:
+            return int(found)
+        ids = self.encode(name)
+        if len(ids) != 1:
+            raise BadInputError(f"{name!r} is no token of this model but {len(ids)}: {list(self.labels(ids))}")
+        return int(ids[0])
+
     def draw(self, kind: str, n_seqs: int, length: int, seed: int) -> list[list[int]]:
         """``random``: uniform over the ordinary ids; ``repeat``: one such id per sequence, repeated."""
         if length < 1:
@@ -125,3 +147,38 @@ def _vocabulary(model: TransformerBridge, size: int) -> Vocabulary:
         special,
         pad_id=pad,
     )
+
+
+@dataclass(frozen=True)
+class NamedTokens:
+    """A predicate on ids, for ``ablate_sinks(model, ...)``: true at every token with one of these ids."""
+
+    ids: tuple[int, ...]
+    labels: tuple[str, ...]
+
+    def __call__(self, ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Where these tokens stand."""
+        return torch.isin(ids, torch.tensor(self.ids, dtype=ids.dtype, device=ids.device))
+
+
+def named_tokens(model: TransformerBridge, *names: str | int) -> NamedTokens:
+    """Tokens by name, as places of an edit: ``ablate_sinks(model, named_tokens(model, "[CLS]", "[SEP]"))``.
+
+    Args:
+        model: from :func:`sinklens.load_model`.
+        names: names of special tokens, the text of one token (``" the"``), or ids. Without any: every special token of
+            the tokenizer (BOS, [CLS], [SEP], ``<s>``, ...).
+
+    Returns:
+        A predicate ``ids -> bool mask``; it acts wherever these ids stand in the sequences that run.
+
+    Raises:
+        BadInputError: an unknown name, a text of several tokens, a tokenizer without special tokens.
+    """
+    words = vocabulary(model)
+    ids = tuple(dict.fromkeys(words.id_of(name) for name in names)) if names else tuple(sorted(words.special_ids))
+    if not ids:
+        raise BadInputError(
+            "this model's tokenizer names no special tokens (or it came without one); give names or ids"
+        )
+    return NamedTokens(ids, words.labels(ids))

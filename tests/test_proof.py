@@ -131,9 +131,12 @@ def test_nan_weights_are_named() -> None:
 
 
 def test_large_finite_weights_are_not_called_nan() -> None:
-    check_finite_weights([("big", torch.full((4,), 3e38))])
+    layer = torch.nn.Linear(4, 1, bias=False)
+    layer.weight.data.fill_(3e38)
+    check_finite_weights(layer)
+    layer.weight.data[0, :2] = torch.tensor([torch.inf, -torch.inf])
     with pytest.raises(sl.BadInputError, match="holds 2 NaN or infinite"):
-        check_finite_weights([("bad", torch.tensor([1.0, torch.inf, -torch.inf]))])
+        check_finite_weights(layer)
 
 
 def test_other_objects_are_refused() -> None:
