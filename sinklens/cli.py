@@ -27,6 +27,7 @@ from sinklens.cli_common import (
     stdout,
 )
 from sinklens.cli_decompose import decompose
+from sinklens.cli_images import images
 from sinklens.cli_interventions import ablate, bos
 from sinklens.cli_mix import mix
 from sinklens.cli_trace import trace
@@ -198,6 +199,7 @@ app.command()(bos)
 app.command()(decompose)
 app.command()(trace)
 app.command()(mix)
+app.command()(images)
 
 
 if __name__ == "__main__":

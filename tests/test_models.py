@@ -186,7 +186,7 @@ def test_a_gguf_that_transformers_cannot_read_is_refused(tmp_path: Path, monkeyp
 
 
 def test_the_catalogue_is_complete_and_pinned() -> None:
-    assert set(embedded.CATALOGUE) == {"smollm2-135m", "gemma3-270m", "minilm-l6"}
+    assert set(embedded.CATALOGUE) == {"smollm2-135m", "gemma3-270m", "minilm-l6", "dinov2-s"}
     for model in embedded.CATALOGUE.values():
         assert model.licence
         assert all("==" in w.requirement and len(w.sha256) == 64 for w in model.wheels)
