@@ -22,7 +22,7 @@ from sinklens.components import Component, Contributions, component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
-from sinklens.proof import has_hook
+from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat, stream_hooks
 from sinklens.trace_result import WRITER, SinkTrace, Traced
@@ -117,6 +117,7 @@ def writer_neurons(
         BadInputError: no MLP writes in this trace.
         UnsupportedModelError: the MLP has no neurons that the host shows (mixtures of experts).
     """
+    capabilities(model)  # refuses a model without hooks
     writers = [
         (one, component)
         for one in trace.traced

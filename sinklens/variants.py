@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError
 from sinklens.metrics import token_loss
+from sinklens.proof import capabilities
 from sinklens.statistics import interval
 from sinklens.tokens import Tokens, as_tokens, pad_rows
 from sinklens.vocabulary import vocabulary
@@ -91,6 +92,7 @@ def bos_variants(
     Raises:
         BadInputError: a shorter sequence, a replacement outside the vocabulary or equal to a first token.
     """
+    capabilities(model)  # what becomes of the variants needs hooks
     batch = as_tokens(model, tokens).to("cpu")
     words = vocabulary(model)
     if int(batch.lengths.min()) < SHORTEST:
