@@ -122,7 +122,7 @@ def _prove(
         probes += [_text_probe(hf, vocabulary, [n]) for n in sorted(beyond) if context is None or n <= context]
         _check_padding(hf, layers, probes[1], name)
     else:
-        _check_patches(hf, probes[0], calls, facts)
+        _check_patches(hf, layers, probes[0], facts)
     for probe in probes:
         _check_parity(model, probe)
     return model
@@ -363,18 +363,29 @@ def _check_padding(hf: PreTrainedModel, layers: tuple[nn.Module, ...], padded: d
         raise UnsupportedModelError(f"{name}: padding on the right changes its real tokens by {float(gap):.2g}")
 
 
-def _check_patches(hf: PreTrainedModel, probe: dict[str, Any], base: _Calls, facts: PlainCapabilities) -> None:
-    """Changing a patch's pixels must change the query of its own token in the first layer, and no other's."""
+def _entering(hf: PreTrainedModel, layers: tuple[nn.Module, ...], probe: dict[str, Any]) -> Tensor:
+    """What enters the first layer: the first block's input, or where blocks are unknown its queries and keys."""
+    if layers:
+        return _states(hf, layers, probe)[1][0]
+    calls = _Calls()
+    with attending(hf, calls.record):
+        run_stack(hf, probe)
+    return torch.cat([t.transpose(1, 2).flatten(2) for t in (calls.queries[0], calls.keys[0])], -1)
+
+
+def _check_patches(
+    hf: PreTrainedModel, layers: tuple[nn.Module, ...], probe: dict[str, Any], facts: PlainCapabilities
+) -> None:
+    """Changing a patch's pixels must change its own token as it enters the first layer, and no other."""
     patch, pixels = facts.patch, probe["pixel_values"]
     assert patch is not None
+    base = _entering(hf, layers, probe)
     rows, columns = pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
     for row, column in {(0, 0), (1, 2), (rows - 1, columns - 1), (rows - 1, 0)}:
         changed = pixels.clone()
         changed[..., row * patch[0] : (row + 1) * patch[0], column * patch[1] : (column + 1) * patch[1]] += 1
-        calls = _Calls()
-        with attending(hf, calls.record):
-            run_stack(hf, probe | {"pixel_values": changed})
-        moved = (calls.queries[0] != base.queries[0]).any(-1).any(1)[0].nonzero().flatten().tolist()
+        entered = _entering(hf, layers, probe | {"pixel_values": changed})
+        moved = (entered != base).any(-1)[0].nonzero().flatten().tolist()
         expected = len(facts.prefix) + row * columns + column
         if moved != [expected]:
             raise UnsupportedModelError(

@@ -63,4 +63,4 @@ def pictures(model: sl.PlainModel, count: int = 1) -> sl.Images:
     """Black pictures with one white patch."""
     canvas = np.zeros((SIDE * PATCH, SIDE * PATCH, 3), dtype=np.uint8)
     canvas[WHITE[0] * PATCH : (WHITE[0] + 1) * PATCH, WHITE[1] * PATCH : (WHITE[1] + 1) * PATCH] = 255
-    return sl.load_images(model, [canvas] * count, mean=(0, 0, 0), std=(1, 1, 1))
+    return sl.load_images(model, [canvas] * count, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
