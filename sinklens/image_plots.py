@@ -91,10 +91,10 @@ def image_map(
 
 
 def _panel_title(share: Tensor, layer: int, tokens: Images) -> str:
-    own = [f"{tokens.labels[0][p]} {float(share[p]):.3g}x" for p in range(tokens.prefix)]
+    own = [f"{tokens.labels[0][p]}: {float(share[p]):.3g}x" for p in range(tokens.prefix)]
     shown = ", ".join(own[:2]) + (f" + {len(own) - 2} more" if len(own) > 2 else "")
     patches = share[tokens.prefix :]
-    best = f"{tokens.labels[0][tokens.prefix + int(patches.argmax())]} {float(patches.max()):.3g}x"
+    best = f"{tokens.labels[0][tokens.prefix + int(patches.argmax())]}: {float(patches.max()):.3g}x"
     return f"layer {layer}<br><span style='color:{ACCENT}'>{shown}{', ' * bool(own)}</span>{best}"
 
 
