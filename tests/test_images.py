@@ -190,11 +190,11 @@ def test_scores_and_sinks_keep_the_pictures(model: PlainModel, tmp_path: Path) -
     scores = sl.sink_scores(model, images)
     again = sl.SinkScores.load(scores.save(tmp_path / "scores.safetensors"))
     assert isinstance(again.tokens, sl.Images)
-    figure = again.plot_image(1, layers=[1])
-    drawn = torch.tensor(figure.data[0].z)  # type: ignore[union-attr]
+    figure: Any = again.plot_image(1, layers=[1])
+    drawn = torch.tensor(figure.data[0].z)
     share = scores.alpha[1, 1].double().mean(0)[1:].view(8, 8) * 65
     torch.testing.assert_close(drawn.double(), share.log2(), atol=1e-6, rtol=0)
-    assert len(figure.layout.images) == 2  # type: ignore[attr-defined]
+    assert len(figure.to_dict()["layout"]["images"]) == 2
     sinks = sl.find_sinks(model, images, scores=scores, activity=0.01)
     assert isinstance(sl.SinkMap.load(sinks.save(tmp_path / "sinks.safetensors")).tokens, sl.Images)
 

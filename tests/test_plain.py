@@ -14,8 +14,10 @@ from architectures import build as build_bridged
 from naive import eager_patterns, naive_scores
 from plain_models import IMAGES, REFUSED, TEXT, WINDOW, build, build_pair, picture, stack_of
 from test_tokens import word_tokenizer
+from typer.testing import CliRunner
 
 import sinklens as sl
+from sinklens.cli import app
 from sinklens.plain_backend import NAME, run_stack
 from sinklens.residuals import block_inputs, block_outputs
 
@@ -257,6 +259,23 @@ ARGUMENTS: dict[str, Any] = {
     "kind": "off-by-one",
     "trace": None,
 }
+
+
+def test_what_only_counts_sinks_works_too(distilbert: sl.PlainModel) -> None:
+    ids = rows((100,))[0][None]
+    methods = sl.compare_methods(distilbert, ids)
+    assert methods.method.tolist() == ["attention", "direction", "wong"]
+    contexts = sl.compare_contexts(distilbert, contexts=("random", "repeat"), lengths=(64,), n_seqs=2)
+    assert contexts.context.tolist() == ["random", "repeat"]
+
+
+def test_the_command_line_scans_a_folder_without_a_bridge(tmp_path: Path) -> None:
+    build("distilbert").save_pretrained(tmp_path)
+    word_tokenizer(adds_bos=False).save_pretrained(tmp_path)
+    options = ["scan", "--model", str(tmp_path), "--context", "random", "--seq-len", "64", "--n-seqs", "2"]
+    done = CliRunner().invoke(app, [*options, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "scan.html").is_file()
 
 
 def takes_a_model() -> list[str]:

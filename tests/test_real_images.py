@@ -16,7 +16,9 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(scope="module")
 def dinov2() -> sl.PlainModel:
-    return sl.load_model("dinov2-s")
+    model = sl.load_model("dinov2-s")
+    assert isinstance(model, sl.PlainModel)
+    return model
 
 
 @pytest.fixture(scope="module")

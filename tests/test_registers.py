@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_a_models_own_registers_are_no_patches() -> None:
 
 
 def test_the_norm_figure_shows_every_token_kind(model: sl.PlainModel) -> None:
-    figure = sl.register_tokens(model, pictures(model)).plot()
-    names = [trace.name for trace in figure.data if trace.name]  # type: ignore[union-attr]
+    figure: Any = sl.register_tokens(model, pictures(model)).plot()
+    names = [trace.name for trace in figure.data if trace.name]
     assert names == ["patches: median, 1 to 99 %", "largest patch", "[CLS]"]
-    assert max(figure.data[2].y) == pytest.approx(10.0, rel=1e-5)  # type: ignore[union-attr]
+    assert max(figure.data[2].y) == pytest.approx(10.0, rel=1e-5)
