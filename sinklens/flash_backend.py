@@ -32,7 +32,8 @@ from transformers.masking_utils import flash_attention_mask
 from sinklens.attention import attention_hook
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.kernels import View, blocked, fused, fused_takes
-from sinklens.proof import capabilities
+from sinklens.plain import PlainModel
+from sinklens.proof import capabilities, record
 
 NAME = "sinklens"
 
@@ -57,21 +58,25 @@ class Flash:
     """A model's flash backend while its context is open.
 
     Attributes:
-        model: the bridge.
+        model: the bridge, or the model without one.
         paths: by the name of the attention module, which kernel ran last: "fused", "compressed", "blocked" or
             "pattern".
         collect: stands in for unedited attention in a layer where statistics are taken.
         watch: looks at every layer's pattern, in blocks of query rows, before and after edits.
+        names: of the attention modules of a model without a bridge.
     """
 
-    model: TransformerBridge
+    model: TransformerBridge | PlainModel
     paths: dict[str, str] = field(default_factory=dict)
     collect: Attend | None = None
     watch: Any = None
+    names: tuple[str, ...] = ()
     _armed: dict[int, list[Armed]] = field(default_factory=dict)
     _silent: dict[int, list[tuple[str, HookPoint]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, PlainModel):
+            return  # nothing can be hooked there
         from sinklens.flash_proof import unheard  # the proof runs this module, so it stands above it
 
         silent = unheard(self.model)
@@ -98,13 +103,13 @@ class Flash:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         """One layer's attention: [batch, head, query, d_v]."""
-        for name, point in self._silent[layer]:
+        for name, point in self._silent.get(layer, ()):
             if _foreign(point):
                 raise UnsupportedModelError(
                     f"a hook on {name} cannot fire under the flash backend, which never builds what it reads; run it "
                     f"outside sinklens.flash(model) (backend='hooks'), where it does"
                 )
-        facts = capabilities(self.model)
+        facts = record(self.model)
         if view.window not in (None, facts.windows[layer]):
             raise UnsupportedModelError(
                 f"{facts.model}: layer {layer} runs with a window of {view.window} and its configuration declares "
@@ -124,7 +129,7 @@ class Flash:
         else:
             attend = self.collect or plain
             out, path = attend(layer, q, k, v, view)
-        self.paths[f"blocks.{layer}.attn"] = path
+        self.paths[self.names[layer] if self.names else f"blocks.{layer}.attn"] = path
         return out
 
 
@@ -201,8 +206,8 @@ def busy(model: TransformerBridge) -> bool:
 
 
 @contextlib.contextmanager
-def flash(model: TransformerBridge) -> Iterator[Flash]:
-    """Run a bridge's attention by the flash backend: O(T) memory, no patterns; all other hooks keep firing.
+def flash(model: TransformerBridge | PlainModel) -> Iterator[Flash]:
+    """Run a model's attention by the flash backend: O(T) memory, no patterns; all other hooks of a bridge keep firing.
 
     Inside, plain forwards, hooks of :func:`ablate_sinks`, :func:`restrict_attention` and :func:`swap_attention` built
     with ``backend="auto"``, and ``model.generate`` work as outside. At the end, also after an exception, the model's
@@ -220,6 +225,12 @@ def flash(model: TransformerBridge) -> Iterator[Flash]:
     """
     from sinklens.flash_proof import unsupported
 
+    if isinstance(model, PlainModel):
+        from sinklens.plain_backend import plain_flash
+
+        with plain_flash(model) as state:
+            yield state
+        return
     reason = unsupported(model)
     if reason:
         raise UnsupportedModelError(f"{capabilities(model).model}: the flash backend cannot run it: {reason}")

@@ -14,14 +14,16 @@ from sinklens.flash_backend import busy, flash
 from sinklens.flash_proof import unsupported
 from sinklens.importance import FAR, ColumnSums, by_position, visibility
 from sinklens.kernels import View, blocked, dense_scores, fused, fused_takes
-from sinklens.proof import capabilities
+from sinklens.plain import PlainModel, refusal
+from sinklens.plain_backend import model_inputs, run_stack
+from sinklens.proof import capabilities, record
 from sinklens.running import run_blocks
 from sinklens.tokens import Tokens
 
 BACKENDS = ("auto", "hooks", "flash")
 
 
-def choose_backend(model: TransformerBridge, backend: str) -> str:
+def choose_backend(model: TransformerBridge | PlainModel, backend: str) -> str:
     """The backend that runs: "hooks" or "flash".
 
     Raises:
@@ -32,6 +34,10 @@ def choose_backend(model: TransformerBridge, backend: str) -> str:
     """
     if backend not in BACKENDS:
         raise BadInputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if isinstance(model, PlainModel):
+        if backend == "hooks":
+            raise UnsupportedModelError(f"backend='hooks' reads hooks. {refusal(model)}; backend='auto' works")
+        return "flash"
     if backend == "hooks" or (backend == "auto" and busy(model)):
         return "hooks"
     reason = unsupported(model)
@@ -51,10 +57,12 @@ def only(values: Float[Tensor, "*rest pos"], positions: Sequence[int] | None) ->
 
 
 def flash_scores(
-    model: TransformerBridge, batch: Tokens, positions: tuple[int, ...] | None, advance: Callable[[], None]
+    model: TransformerBridge | PlainModel, batch: Tokens, positions: tuple[int, ...] | None, advance: Callable[[], None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, str]]:
     """Alpha, beta, uniform and learned mass of one batch, by position, on the CPU; and which kernel ran per layer."""
-    facts = capabilities(model)
+    facts = record(model)
+    if isinstance(model, PlainModel):
+        batch = batch.aligned(int(batch.lengths.max()))  # positions count from the first real token there, too
     seen_by = {w: visibility(batch.mask, causal=facts.causal, window=w) for w in set(facts.windows)}
     alpha: list[Tensor] = []
     beta: list[Tensor] = []
@@ -80,7 +88,10 @@ def flash_scores(
 
     with flash(model) as state:
         state.collect = collect
-        run_blocks(model, batch.ids, [], mask=batch.mask, flashing=True)
+        if isinstance(model, PlainModel):
+            run_stack(model.original_model, model_inputs(model, batch))
+        else:
+            run_blocks(model, batch.ids, [], mask=batch.mask, flashing=True)
         paths = dict(state.paths)
     uniform = [by_position(seen_by[window].uniform, batch.mask).cpu() for window in facts.windows]
     return torch.stack(alpha, 1), torch.stack(beta, 1), torch.stack(uniform, 1), torch.stack(rest, 1), paths

@@ -1,4 +1,7 @@
-"""``load_model``: a name, folder, GGUF file, hub id or model object becomes a raw, proven TransformerBridge."""
+"""``load_model``: a name, folder, GGUF file, hub id or model object becomes a raw, proven TransformerBridge.
+
+Models that TransformerLens does not wrap, or that read images, become a :class:`sinklens.PlainModel`.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,19 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
 from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
 
 from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.offload import input_device
-from sinklens.proof import capabilities
+from sinklens.offload import input_device, offloaded
+from sinklens.plain import PlainModel
+from sinklens.plain_proof import prove_plain
+from sinklens.proof import capabilities, check_finite_weights
 
 # Encoders saved without a head have no adapter; the same weights under a masked-LM head have one. The head is
 # then random and never used.
@@ -36,7 +43,7 @@ _headless: WeakKeyDictionary[TransformerBridge, bool] = WeakKeyDictionary()
 
 
 def load_model(
-    name: str | os.PathLike[str] | PreTrainedModel | TransformerBridge,
+    name: str | os.PathLike[str] | PreTrainedModel | TransformerBridge | PlainModel,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
@@ -44,13 +51,18 @@ def load_model(
     max_memory: dict[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> TransformerBridge:
+) -> TransformerBridge | Any:
     """A TransformerBridge in raw mode, in eval mode, without gradients on its weights, and proven.
+
+    Where TransformerLens has no adapter (ModernBERT, DistilBERT, CLIP's towers, DINOv2), or the model reads images
+    (ViT), the result is a :class:`sinklens.PlainModel`, proven too, on which :func:`sinklens.sink_scores`,
+    :func:`sinklens.find_sinks`, :func:`sinklens.register_tokens` and :func:`sinklens.flash` work; everything else
+    raises UnsupportedModelError on it.
 
     Args:
         name: an embedded model (``sinklens models`` lists them), a local folder with safetensors, a ``.gguf``
             file (dequantised once into the cache), a Hugging Face hub id, a transformers model (it is wrapped in
-            place: its attention becomes eager), or an existing bridge (taken as it is).
+            place: its attention becomes eager), or an existing bridge or plain model (taken as it is).
         device: where the weights go; default the host's choice (CUDA if there is one). Not for model objects.
         dtype: a floating torch dtype or its name, such as "bfloat16"; default float32, also for checkpoints stored in
             half precision. Not for model objects.
@@ -67,35 +79,39 @@ def load_model(
 
     Raises:
         BadInputError: no such model, no network, damaged or half files, NaN weights.
-        UnsupportedModelError: no adapter for the architecture, or attention that the proof refuses.
+        UnsupportedModelError: attention that the proof refuses, with a bridge or, where none exists, without.
         SinklensError: an embedded model could not be fetched.
     """
-    if isinstance(name, (TransformerBridge, PreTrainedModel)):
+    if isinstance(name, (TransformerBridge, PlainModel, PreTrainedModel)):
         if any(option is not None for option in (device, dtype, device_map, max_memory, offload_folder)):
             raise BadInputError(
                 "device, dtype, device_map, max_memory and offload_folder are for models loaded by name; move the "
                 "object yourself"
             )
-        bridge = name if isinstance(name, TransformerBridge) else _boot_object(name, tokenizer)
+        model = _wrap_object(name, tokenizer) if isinstance(name, PreTrainedModel) else name
     elif tokenizer is not None:
         raise BadInputError("tokenizer= goes with a transformers model object; a named model brings its own")
     else:
         chosen, dispatch = _dtype(dtype), _dispatch(device, device_map, max_memory, offload_folder)
         folder = _locate(os.fspath(name))
-        bridge = _boot_named(os.fspath(name), folder, device=device, dtype=chosen, dispatch=dispatch)
-    for parameter in bridge.parameters():
+        model = _load_named(os.fspath(name), folder, device=device, dtype=chosen, dispatch=dispatch)
+    module = model.original_model if isinstance(model, PlainModel) else model
+    for parameter in module.parameters():
         parameter.requires_grad_(False)
-    bridge.eval()
-    capabilities(bridge)
-    return bridge
+    module.eval()
+    if isinstance(model, TransformerBridge):
+        capabilities(model)
+    return model
 
 
-def native_tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase | None:
+def native_tokenizer(model: TransformerBridge | PlainModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer as the model was trained with it.
 
     The host rebuilds the tokenizer so that it prepends BOS; whether the model ever saw one is then lost. For a
     bridge that sinklens did not load, the original is read again from where the bridge's tokenizer came from.
     """
+    if isinstance(model, PlainModel):
+        return model.tokenizer
     if model not in _native_tokenizers:
         rebuilt: Any = model.tokenizer
         if rebuilt is None:
@@ -183,7 +199,9 @@ def _dispatch(device: Any, device_map: Any, max_memory: Any, offload_folder: Any
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _boot_named(name: str, source: str, *, device: Any, dtype: Any, dispatch: dict[str, Any]) -> TransformerBridge:
+def _load_named(
+    name: str, source: str, *, device: Any, dtype: Any, dispatch: dict[str, Any]
+) -> TransformerBridge | PlainModel:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         declared = _declared_architecture(config, name)
@@ -200,7 +218,8 @@ def _boot_named(name: str, source: str, *, device: Any, dtype: Any, dispatch: di
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        images = model_class.main_input_name == "pixel_values"
+        tokenizer = None if images else AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except SafetensorError as error:
         raise BadInputError(
             f"the safetensors of {name!r} are damaged or truncated ({error}); fetch them again"
@@ -210,10 +229,18 @@ def _boot_named(name: str, source: str, *, device: Any, dtype: Any, dispatch: di
     _check_loaded(name, report, head_may_miss=declared != architecture)
     if not dispatch:
         hf = hf.to(device or get_device())
-    bridge = _boot(hf, tokenizer, name)
-    if declared != architecture and report["missing_keys"]:
-        _headless[bridge] = True
-    return bridge
+    model = _wrap(hf, tokenizer, name, _preprocessing(source) if images else {})
+    if declared != architecture and report["missing_keys"] and isinstance(model, TransformerBridge):
+        _headless[model] = True
+    return model
+
+
+def _preprocessing(source: str) -> dict[str, Any]:
+    """The preprocessor's configuration as written, or {} where there is none."""
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(source)[0]
+    except (OSError, ValueError, HfHubHTTPError):
+        return {}
 
 
 def _load_error(name: str, source: str, error: Exception) -> BadInputError:
@@ -262,12 +289,39 @@ def _check_loaded(name: str, report: dict[str, Any], head_may_miss: bool) -> Non
         raise BadInputError(f"the weights of {name!r} do not fit its configuration: {report['mismatched_keys']}")
 
 
-def _boot_object(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
+def _wrap_object(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge | PlainModel:
     name = hf.config.name_or_path or type(hf).__name__
     if not hf.config.architectures:
         hf.config.architectures = [type(hf).__name__]
-    hf.set_attn_implementation("eager")
-    return _boot(hf, tokenizer, name)
+    return _wrap(hf, tokenizer, name, {})
+
+
+def _wrap(
+    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, preprocessing: dict[str, Any]
+) -> TransformerBridge | PlainModel:
+    """A bridge where there is one, else the model itself, proven."""
+    first: UnsupportedModelError | None = None
+    if hf.main_input_name == "pixel_values":
+        reason = f"{type(hf).__name__} reads images, which TransformerLens hooks of sinklens do not follow"
+    else:
+        before = hf.config._attn_implementation or "eager"
+        try:
+            hf.set_attn_implementation("eager")
+            return _boot(hf, tokenizer, name)
+        except UnsupportedModelError as error:
+            first, reason = error, f"TransformerLens has no adapter for {type(hf).__name__}"
+        hf.set_attn_implementation(before)
+        if any(isinstance(module, GeneralizedComponent) for module in hf.modules()):
+            raise first  # the host gave up half-way and left its components inside
+    if offloaded(hf):
+        raise UnsupportedModelError(f"{reason}; without a bridge a model must be in memory: load it without device_map")
+    check_finite_weights(hf)
+    try:
+        return prove_plain(hf, tokenizer, preprocessing, name, reason)
+    except UnsupportedModelError as error:
+        if first is None:
+            raise
+        raise UnsupportedModelError(f"{first}; and it cannot be measured without a bridge: {error}") from error
 
 
 def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:

@@ -23,7 +23,7 @@ from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.offload import real_weights
-from sinklens.proof import has_hook
+from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat, stream_hooks
 from sinklens.trace_result import WRITER, SinkTrace, Traced
@@ -118,6 +118,7 @@ def writer_neurons(
         BadInputError: no MLP writes in this trace.
         UnsupportedModelError: the MLP has no neurons that the host shows (mixtures of experts).
     """
+    capabilities(model)  # refuses a model without hooks
     writers = [
         (one, component)
         for one in trace.traced

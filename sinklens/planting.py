@@ -11,6 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.components import component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
+from sinklens.proof import capabilities
 from sinklens.stream_parts import stream_parts
 from sinklens.trace_result import WRITER, SinkTrace
 from sinklens.trace_rows import Row, check_writing, run_rows
@@ -49,6 +50,7 @@ def plant_sinks(
     Raises:
         BadInputError: no writer in the trace, or positions that are sinks or out of range.
     """
+    capabilities(model)  # refuses a model without hooks
     if not any(share >= WRITER and c[0] != "embed" for one in trace.traced for c, share in one.shares()):
         raise BadInputError("this trace names no writer, so there is nothing to plant")
     draw = torch.Generator().manual_seed(seed)

@@ -30,6 +30,7 @@ from sinklens.attention import (
 )
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.offload import real_weights
+from sinklens.plain import PlainCapabilities, PlainModel, refusal
 
 PROBE_LENGTH = 29  # a prime, so that no head count equals it and layouts are unambiguous
 LONGEST_WINDOW_PROBE = 1024
@@ -97,13 +98,21 @@ class Capabilities:
 _records: WeakKeyDictionary[TransformerBridge, Capabilities] = WeakKeyDictionary()
 
 
-def capabilities(model: TransformerBridge | torch.nn.Module) -> Capabilities:
-    """The capability record of a model; the proof runs at the first call and is kept.
+def record(model: TransformerBridge | PlainModel) -> Capabilities | PlainCapabilities:
+    """The capability record of a model with or without a bridge: for what needs attention and no hooks."""
+    return model.capabilities if isinstance(model, PlainModel) else capabilities(model)
+
+
+def capabilities(model: TransformerBridge | PlainModel | torch.nn.Module) -> Capabilities:
+    """The capability record of a bridge; the proof runs at the first call and is kept.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be read as a (causal, windowed) softmax per layer.
+        UnsupportedModelError: the model has no bridge (what was proven of it is in ``model.capabilities``), or its
+            attention cannot be read as a (causal, windowed) softmax per layer.
         BadInputError: the weights hold NaN or infinity.
     """
+    if isinstance(model, PlainModel):
+        raise UnsupportedModelError(refusal(model))
     if not isinstance(model, TransformerBridge):
         raise UnsupportedModelError(
             f"{type(model).__name__} is no TransformerBridge; pass what sinklens.load_model returns"
@@ -118,7 +127,7 @@ def capabilities(model: TransformerBridge | torch.nn.Module) -> Capabilities:
     return _records[model]
 
 
-def same_model(info: dict[str, Any], facts: Capabilities) -> bool:
+def same_model(info: dict[str, Any], facts: Capabilities | PlainCapabilities) -> bool:
     """Whether a result's info names the model with this record (weights are not compared)."""
     recorded = {k: tuple(v) if isinstance(v, list) else v for k, v in info["capabilities"].items()}
     return recorded == asdict(facts)
@@ -160,9 +169,9 @@ def prove(model: TransformerBridge) -> Capabilities:
     ids = _probe_ids(model, PROBE_LENGTH)
     seen, fired = _observe(model, ids)
     visible = [_visible(seen, layer) for layer in layers]
-    causal = _is_causal(model, torch.stack(visible))
+    causal = is_causal(str(model.cfg.model_name), torch.stack(visible))
     for layer in layers:
-        _check_support(model, visible[layer], causal, windows[layer], layer)
+        check_support(str(model.cfg.model_name), visible[layer], causal, windows[layer], layer)
     patterns = torch.stack([seen[attention_hook(layer, "hook_pattern")] for layer in layers])
     sums = patterns.double().sum(-1)
     if (sums > 1 + 1e-2).any():
@@ -267,19 +276,16 @@ def _visible(seen: dict[str, Tensor], layer: int) -> Bool[Tensor, "q k"]:
     return (seen[attention_hook(layer, "hook_pattern")] > 0).flatten(0, 1).any(0)
 
 
-def _is_causal(model: TransformerBridge, visible: Bool[Tensor, "layer q k"]) -> bool:
+def is_causal(name: str, visible: Bool[Tensor, "layer q k"]) -> bool:
+    """Whether no layer sees later keys; layers must agree."""
     later = torch.ones(visible.shape[-2:], dtype=torch.bool, device=visible.device).triu(1)
     sees_later = visible[:, later].any(dim=1)
     if sees_later.any() and not sees_later.all():
-        raise UnsupportedModelError(
-            f"{model.cfg.model_name} mixes causal and bidirectional layers; sinklens needs one kind"
-        )
+        raise UnsupportedModelError(f"{name} mixes causal and bidirectional layers; sinklens needs one kind")
     return not bool(sees_later.any())
 
 
-def _check_support(
-    model: TransformerBridge, visible: Bool[Tensor, "q k"], causal: bool, window: int | None, layer: int
-) -> None:
+def check_support(name: str, visible: Bool[Tensor, "q k"], causal: bool, window: int | None, layer: int) -> None:
     """What the layer sees must be what sinklens believes: nothing outside, and every distance used inside."""
     length = visible.shape[-1]
     unpadded = torch.ones(1, length, dtype=torch.bool, device=visible.device)
@@ -291,7 +297,7 @@ def _check_support(
     if outside or unused:
         what = "attends outside" if outside else f"never attends at distances {sorted(unused)[:4]} inside"
         raise UnsupportedModelError(
-            f"{model.cfg.model_name}: layer {layer} {what} what its configuration declares (causal={causal}, "
+            f"{name}: layer {layer} {what} what its configuration declares (causal={causal}, "
             f"window={window}); alpha would have a wrong denominator. Please report this architecture"
         )
 
@@ -316,7 +322,7 @@ def _prove_windows(model: TransformerBridge, windows: tuple[int | None, ...], ca
                 _probe_ids(model, window + 2), fwd_hooks=[(n, keep) for n in names], stop_at_layer=layer + 1
             )
         seen = {names[0]: seen["scores"], names[1]: seen["pattern"]}
-        _check_support(model, _visible(seen, layer), causal, window, layer)
+        check_support(str(model.cfg.model_name), _visible(seen, layer), causal, window, layer)
     return proven
 
 

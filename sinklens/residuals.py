@@ -23,7 +23,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.attention import block_input, block_output
 from sinklens.console import progress_bar
 from sinklens.lives import Thresholds
-from sinklens.proof import capabilities
+from sinklens.plain import PlainModel
+from sinklens.plain_backend import stream
+from sinklens.proof import capabilities, record
 from sinklens.running import collect
 from sinklens.tokens import Tokens
 
@@ -33,7 +35,7 @@ WONG_BOS = 15
 
 
 def direction_activity(
-    model: TransformerBridge,
+    model: TransformerBridge | PlainModel,
     batch: Tokens,
     strongest: Sequence[int | None],
     thresholds: Thresholds,
@@ -43,14 +45,13 @@ def direction_activity(
 
     That position is attention's P; without one, the token with the largest norm ratio over all layers.
     """
-    facts = capabilities(model)
+    facts = record(model)
     longest = int(batch.lengths.max())
     active = torch.zeros(len(batch), facts.n_layers, longest, dtype=torch.bool)
     used: list[int | None] = []
-    names = [block_input(layer) for layer in range(facts.n_layers)]
     with progress_bar("residual directions", len(batch), progress) as advance:
         for b in range(len(batch)):
-            residual = _states(model, batch[b].trim(), names)
+            residual = block_inputs(model, batch[b].trim())
             chosen, found = direction_criterion(residual, strongest[b], thresholds)
             used.append(chosen)
             active[b, :, : found.shape[1]] = found.cpu()
@@ -118,18 +119,16 @@ def wong_detect(states: Float[Tensor, "layer pos d_model"], candidates: Sequence
     ]
 
 
-def wong_sequences(model: TransformerBridge, batch: Tokens, progress: bool | None = None) -> list[list[WongSink]]:
+def wong_sequences(
+    model: TransformerBridge | PlainModel, batch: Tokens, progress: bool | None = None
+) -> list[list[WongSink]]:
     """The published detector on every sequence of a batch."""
-    facts = capabilities(model)
-    names = [block_output(layer) for layer in range(facts.n_layers)]
-    if hasattr(model, "ln_final"):
-        names[-1] = "ln_final.hook_out"
     found = []
     with progress_bar("Wong et al.'s detector", len(batch), progress) as advance:
         for b in range(len(batch)):
             one = batch[b].trim()
             candidates = [0, 1] if int(one.lengths[0]) > 1 else [0]
-            found.append(wong_detect(_states(model, one, names).float(), candidates))
+            found.append(wong_detect(block_outputs(model, one).float(), candidates))
             advance()
     return found
 
@@ -139,6 +138,30 @@ def typical_mean(residual: Float[Tensor, "*layer pos d_model"], norm_ratio: floa
     norm = residual.norm(dim=-1)
     ordinary = (norm < norm_ratio * norm.median(dim=-1, keepdim=True).values).to(residual)[..., None]
     return (residual * ordinary).sum(-2, keepdim=True) / ordinary.sum(-2, keepdim=True).clamp(min=1)
+
+
+def block_inputs(model: TransformerBridge | PlainModel, one: Tokens) -> Float[Tensor, "layer pos d_model"]:
+    """resid_pre of every layer, of one unpadded sequence."""
+    if isinstance(model, PlainModel):
+        return torch.stack(_plain_states(model, one)[0][:-1])
+    return _states(model, one, [block_input(layer) for layer in range(capabilities(model).n_layers)])
+
+
+def block_outputs(model: TransformerBridge | PlainModel, one: Tokens) -> Float[Tensor, "layer pos d_model"]:
+    """Every block's output as transformers returns hidden states: the last one after the final norm."""
+    if isinstance(model, PlainModel):
+        states, last = _plain_states(model, one)
+        return torch.stack([*states[1:-1], states[-1] if last is None else last[0]])
+    names = [block_output(layer) for layer in range(capabilities(model).n_layers)]
+    if hasattr(model, "ln_final"):
+        names[-1] = "ln_final.hook_out"
+    return _states(model, one, names)
+
+
+def _plain_states(model: PlainModel, one: Tokens) -> tuple[list[Tensor], Tensor | None]:
+    states: list[Tensor] = []
+    last = stream(model, one, lambda _, state: states.append(state[0].clone()))
+    return states, last
 
 
 def _states(model: TransformerBridge, one: Tokens, names: Sequence[str]) -> Float[Tensor, "layer pos d_model"]:

@@ -20,7 +20,8 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_scores import choose_backend, flash_scores, only
 from sinklens.importance import by_position, column_means, never_far, visibility
 from sinklens.places import check_positions
-from sinklens.proof import Capabilities, capabilities
+from sinklens.plain import PlainCapabilities, PlainModel
+from sinklens.proof import Capabilities, capabilities, record
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.statistics import interval
@@ -169,6 +170,14 @@ class SinkScores:
 
         return head_map(self, position, epsilon)
 
+    def plot_image(
+        self, image: int = 0, layers: Sequence[int] | None = None, *, heads: Sequence[int] | None = None
+    ) -> Figure:
+        """Attention on patches, drawn over the picture: :func:`sinklens.image_map`."""
+        from sinklens.image_plots import image_map
+
+        return image_map(self, image, layers, heads=heads)
+
     def plot_positions(self, sequence: int = 0) -> Figure:
         """Layer x position heat map of one sequence: where the sinks are."""
         from sinklens.plots import position_map
@@ -220,7 +229,7 @@ class SinkScores:
 
 
 def sink_scores(
-    model: TransformerBridge,
+    model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
     positions: int | Sequence[int] | None = None,
@@ -235,7 +244,7 @@ def sink_scores(
 
     Args:
         model: from :func:`sinklens.load_model`, or any raw TransformerBridge.
-        tokens: a text, a list of texts, token ids, or Tokens.
+        tokens: a text, a list of texts, token ids, Tokens, or Images.
         positions: only these; alpha and beta of all others are NaN (with ``"flash"`` the cheapest way there is).
         backend: ``"flash"`` runs one blocked pass in O(T) memory (:func:`sinklens.flash`); ``"hooks"`` reads
             ``hook_pattern``; ``"auto"`` takes flash where the model's proof allows it. ``info`` says which ran.
@@ -250,7 +259,7 @@ def sink_scores(
         UnsupportedModelError: a layer attends outside what its configuration declares, or yields NaN.
     """
     batch = as_tokens(model, tokens)
-    facts = capabilities(model)
+    facts = record(model)
     way = choose_backend(model, backend)
     wanted = _positions(positions, batch)
     groups = _groups(batch, facts, way)
@@ -258,7 +267,8 @@ def sink_scores(
         if way == "flash":
             found = [flash_scores(model, batch[rows].trim(), wanted, advance) for rows in groups]
         else:
-            found = [(*_score_group(model, batch[rows].trim(), facts, wanted, advance), {}) for rows in groups]
+            assert isinstance(model, TransformerBridge)  # choose_backend saw to it
+            found = [(*_score_group(model, batch[rows].trim(), wanted, advance), {}) for rows in groups]
     longest = int(batch.lengths.max())
     alpha = torch.full((len(batch), facts.n_layers, facts.n_heads, longest), torch.nan)
     beta, uniform = alpha.clone(), alpha[:, :, 0].clone()
@@ -268,7 +278,8 @@ def sink_scores(
         beta[rows, ..., : b.shape[-1]] = b
         uniform[rows, ..., : u.shape[-1]] = u
         rest[rows] = r
-    info: dict[str, Any] = {"capabilities": asdict(facts), "dtype": str(model.cfg.dtype), "backend": way}
+    dtype = model.dtype if isinstance(model, PlainModel) else model.cfg.dtype
+    info: dict[str, Any] = {"capabilities": asdict(facts), "dtype": str(dtype), "backend": way}
     if way == "flash":
         info["kernels"] = sorted({path for *_, paths in found for path in paths.values()})
     return SinkScores(
@@ -291,7 +302,7 @@ def _positions(given: int | Sequence[int] | None, batch: Tokens) -> tuple[int, .
     return wanted
 
 
-def _groups(batch: Tokens, facts: Capabilities, way: str) -> list[list[int]]:
+def _groups(batch: Tokens, facts: Capabilities | PlainCapabilities, way: str) -> list[list[int]]:
     """Sequences that run together: of similar length, a layer's patterns below the memory limit."""
     limit = PATTERN_BYTES * (8 if way == "flash" else 1)
     order = batch.lengths.argsort(descending=True, stable=True).tolist()
@@ -308,11 +319,11 @@ def _groups(batch: Tokens, facts: Capabilities, way: str) -> list[list[int]]:
 def _score_group(
     model: TransformerBridge,
     batch: Tokens,
-    facts: Capabilities,
     positions: tuple[int, ...] | None,
     advance: Advance,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Alpha, beta, uniform and row rest of one group, by position, on the CPU."""
+    facts = capabilities(model)
     seen_by = {w: visibility(batch.mask, causal=facts.causal, window=w) for w in set(facts.windows)}
     alpha: list[Tensor] = []
     beta: list[Tensor] = []

@@ -15,7 +15,8 @@ from sinklens.errors import BadInputError, SinklensWarning
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
 from sinklens.lives import activity as active_where
-from sinklens.proof import capabilities, same_model
+from sinklens.plain import PlainModel
+from sinklens.proof import record, same_model
 from sinklens.residuals import direction_activity, wong_sequences
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.sinkmap import Sink, SinkMap, assemble
@@ -26,7 +27,7 @@ SUSPICIOUS_SHARE = 0.05
 
 
 def find_sinks(
-    model: TransformerBridge,
+    model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
     method: str = "attention",
@@ -86,7 +87,7 @@ def find_sinks(
         raise BadInputError("scores= hold only some positions (positions=); sinks need all of them")
     elif scores.tokens.digest != batch.digest:
         raise BadInputError("scores= belong to other tokens; leave it out or score these")
-    elif not same_model(scores.info, capabilities(model)):
+    elif not same_model(scores.info, record(model)):
         raise BadInputError("scores= belong to another model; leave it out or score with this one")
     by_attention = from_scores(scores, thresholds)
     if method == "direction":
@@ -111,7 +112,7 @@ def from_scores(scores: SinkScores, thresholds: Thresholds = Thresholds()) -> Si
 
 
 def compare_methods(
-    model: TransformerBridge,
+    model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
     methods: Sequence[str] = METHODS,
@@ -157,7 +158,9 @@ def _too_short(mass: Tensor, tokens: Tokens) -> tuple[str, ...]:
     )
 
 
-def _by_direction(model: TransformerBridge, batch: Tokens, reference: SinkMap, progress: bool | None) -> SinkMap:
+def _by_direction(
+    model: TransformerBridge | PlainModel, batch: Tokens, reference: SinkMap, progress: bool | None
+) -> SinkMap:
     thresholds = reference.thresholds
     active, used = direction_activity(model, batch, reference.strongest, thresholds, progress)
     attended = active_where(reference.mass, reference.uniform, thresholds)
@@ -170,7 +173,9 @@ def _by_direction(model: TransformerBridge, batch: Tokens, reference: SinkMap, p
     return replace(reference, sinks=sinks, strongest=strongest, unattended=unattended, method="direction", places=None)
 
 
-def _by_wong(model: TransformerBridge, batch: Tokens, reference: SinkMap, progress: bool | None) -> SinkMap:
+def _by_wong(
+    model: TransformerBridge | PlainModel, batch: Tokens, reference: SinkMap, progress: bool | None
+) -> SinkMap:
     attended = active_where(reference.mass, reference.uniform, reference.thresholds)
     sinks: list[Sink] = []
     for b, found in enumerate(wong_sequences(model, batch, progress)):
@@ -203,7 +208,7 @@ def _by_wong(model: TransformerBridge, batch: Tokens, reference: SinkMap, progre
     notes = reference.notes
     share = len(sinks) / int(batch.lengths.sum())
     if share > SUSPICIOUS_SHARE:
-        name = capabilities(model).model
+        name = record(model).model
         note = (
             f"method='wong' flags {len(sinks)} of {int(batch.lengths.sum())} tokens ({share:.0%}) of {name}: raw "
             f"cosines are high between ordinary tokens here, so these are not sinks; use 'attention' or 'direction'"

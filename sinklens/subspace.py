@@ -22,7 +22,7 @@ from sinklens.attention import original
 from sinklens.components import component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.proof import has_hook
+from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat
 from sinklens.trace_result import SinkTrace, Traced
@@ -85,6 +85,7 @@ def writer_subspace(
         BadInputError: no MLP writes such sinks, fewer than 8 of them in the fitted half, or no size up to 6.
         UnsupportedModelError: the host's MLP cannot be run on given inputs.
     """
+    capabilities(model)  # refuses a model without hooks
     if not 1 <= min(sizes, default=0) <= PUBLISHED:
         raise BadInputError(f"sizes must begin at 1 to {PUBLISHED} components (as published), got {sizes}")
     shares = _mlp_shares(trace, kind)

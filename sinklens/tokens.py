@@ -21,7 +21,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
 from sinklens.errors import BadInputError
-from sinklens.proof import capabilities
+from sinklens.plain import PlainModel
+from sinklens.proof import record
 from sinklens.results import load_tensors, save_tensors
 from sinklens.vocabulary import Vocabulary, vocabulary
 
@@ -171,7 +172,11 @@ class Tokens:
 
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Tokens:
-        """The inverse of :meth:`tensors` and :meth:`meta`."""
+        """The inverse of :meth:`tensors` and :meth:`meta`; images come back as Images."""
+        if "pictures" in tensors:
+            from sinklens.images import images_from_parts
+
+            return images_from_parts(tensors, meta)
         return cls(
             ids=tensors["ids"],
             mask=tensors["mask"],
@@ -193,7 +198,7 @@ class Tokens:
 
 
 def load_tokens(
-    model: TransformerBridge,
+    model: TransformerBridge | PlainModel,
     source: str | os.PathLike[str] | Sequence[str] = "python-docs",
     *,
     n_seqs: int | None = None,
@@ -222,16 +227,18 @@ def load_tokens(
     Raises:
         BadInputError: unknown source, empty text, text shorter than asked, ``seq_len`` past the context window.
     """
+    if reads_images(model):
+        raise BadInputError(f"{record(model).model} reads images: load_images(model, [path, ...]) makes its tokens")
     words = vocabulary(model)
     _check_request(model, n_seqs, seq_len)
     if min_len is not None and (source in ("random", "repeat") or not isinstance(source, (str, os.PathLike))):
         raise BadInputError("min_len chooses documents of a corpus or file; ids and lists of texts have none to choose")
     prefix, suffix = words.special_tokens(prepend_bos)
-    info: dict[str, Any] = {"seed": seed, "prepend_bos": bool(prefix), "model": capabilities(model).model}
+    info: dict[str, Any] = {"seed": seed, "prepend_bos": bool(prefix), "model": record(model).model}
     special = len(prefix) + len(suffix)
     pieces: list[Piece]
     if isinstance(source, (str, os.PathLike)):
-        longest = seq_len or min(DEFAULT_LENGTH, capabilities(model).context or DEFAULT_LENGTH)
+        longest = seq_len or min(DEFAULT_LENGTH, record(model).context or DEFAULT_LENGTH)
         if source in ("random", "repeat"):
             rows = words.draw(str(source), n_seqs or DEFAULT_SEQS, longest - special, seed)
             pieces = [Piece(tuple(row), f"{source} #{i}", i) for i, row in enumerate(rows)]
@@ -257,14 +264,20 @@ def load_tokens(
     return _checked(model, pad_rows(rows, words, sources, documents_of_rows, info))
 
 
-def as_tokens(model: TransformerBridge, tokens: str | Sequence[str] | Tensor | Tokens) -> Tokens:
+def as_tokens(model: TransformerBridge | PlainModel, tokens: str | Sequence[str] | Tensor | Tokens) -> Tokens:
     """Whatever a user passes as ``tokens``: a text, a list of texts, a tensor of ids (as it is), or Tokens.
 
     Raises:
         BadInputError: empty or one-token input, ids outside the vocabulary, input past the context window.
     """
+    if isinstance(model, PlainModel) and reads_images(model):
+        from sinklens.images import as_images  # images are tokens with pictures, so they stand above this module
+
+        return as_images(model, tokens)
     words = vocabulary(model)
     if isinstance(tokens, Tokens):
+        if hasattr(tokens, "pictures"):
+            raise BadInputError(f"{record(model).model} reads text and these are images; give texts or token ids")
         batch = tokens
     elif isinstance(tokens, Tensor):
         batch = _from_ids(tokens, words)
@@ -274,7 +287,12 @@ def as_tokens(model: TransformerBridge, tokens: str | Sequence[str] | Tensor | T
         batch = load_tokens(model, tokens)
     else:
         raise BadInputError(f"tokens must be a text, a list of texts, token ids or Tokens, got {type(tokens).__name__}")
-    return _checked(model, batch).to(str(model.cfg.device))
+    return _checked(model, batch).to(str(model.device if isinstance(model, PlainModel) else model.cfg.device))
+
+
+def reads_images(model: TransformerBridge | PlainModel) -> bool:
+    """Whether a model's tokens are patches of pictures."""
+    return isinstance(model, PlainModel) and model.capabilities.reads == "images"
 
 
 def _from_ids(ids: Tensor, words: Vocabulary) -> Tokens:
@@ -307,21 +325,19 @@ def pad_rows(
     return Tokens(ids, mask, labels, tuple(sources), tuple(documents), special, info)
 
 
-def _check_request(model: TransformerBridge, n_seqs: int | None, seq_len: int | None) -> None:
-    context = capabilities(model).context
+def _check_request(model: TransformerBridge | PlainModel, n_seqs: int | None, seq_len: int | None) -> None:
+    context = record(model).context
     if n_seqs is not None and n_seqs < 1:
         raise BadInputError(f"n_seqs must be at least 1, got {n_seqs}")
     if seq_len is not None and seq_len < 2:
         raise BadInputError(f"seq_len must be at least 2 (one token has nothing to attend to), got {seq_len}")
     if seq_len is not None and context is not None and seq_len > context:
-        raise BadInputError(
-            f"seq_len={seq_len} is past the context window of {capabilities(model).model}: {context} tokens"
-        )
+        raise BadInputError(f"seq_len={seq_len} is past the context window of {record(model).model}: {context} tokens")
 
 
-def _checked(model: TransformerBridge, batch: Tokens) -> Tokens:
+def _checked(model: TransformerBridge | PlainModel, batch: Tokens) -> Tokens:
     """The batch, or BadInputError where the model cannot take it."""
-    facts = capabilities(model)
+    facts = record(model)
     lengths = batch.lengths
     if (lengths < 2).any():
         row = int((lengths < 2).nonzero()[0])

@@ -96,6 +96,7 @@ def bos_variants(
     Raises:
         BadInputError: a shorter sequence, a replacement outside the vocabulary or equal to a first token.
     """
+    capabilities(model)  # what becomes of the variants needs hooks
     batch = as_tokens(model, tokens).to("cpu")
     words = vocabulary(model)
     if int(batch.lengths.min()) < SHORTEST:

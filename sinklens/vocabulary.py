@@ -14,7 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError
 from sinklens.models import native_tokenizer
-from sinklens.proof import capabilities
+from sinklens.plain import PlainModel
+from sinklens.proof import record
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,18 @@ class Vocabulary:
         return drawn.expand(n_seqs, length).tolist()
 
 
-_vocabularies: WeakKeyDictionary[TransformerBridge, Vocabulary] = WeakKeyDictionary()
+_vocabularies: WeakKeyDictionary[TransformerBridge | PlainModel, Vocabulary] = WeakKeyDictionary()
 
 
-def vocabulary(model: TransformerBridge) -> Vocabulary:
+def vocabulary(model: TransformerBridge | PlainModel) -> Vocabulary:
     """The vocabulary of a model; made at the first call and kept."""
-    facts = capabilities(model)
+    facts = record(model)
     if model not in _vocabularies:
         _vocabularies[model] = _vocabulary(model, facts.vocabulary)
     return _vocabularies[model]
 
 
-def _vocabulary(model: TransformerBridge, size: int) -> Vocabulary:
+def _vocabulary(model: TransformerBridge | PlainModel, size: int) -> Vocabulary:
     tokenizer: Any = native_tokenizer(model)
     if tokenizer is None:
         return Vocabulary(None, size, None, (), (), frozenset(), pad_id=0)

