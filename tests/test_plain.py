@@ -265,7 +265,8 @@ def test_what_only_counts_sinks_works_too(distilbert: sl.PlainModel) -> None:
     ids = rows((100,))[0][None]
     methods = sl.compare_methods(distilbert, ids)
     assert methods.method.tolist() == ["attention", "direction", "wong"]
-    contexts = sl.compare_contexts(distilbert, contexts=("random", "repeat"), lengths=(64,), n_seqs=2)
+    reader = sl.load_model(build("distilbert"), tokenizer=word_tokenizer(adds_bos=False))
+    contexts = sl.compare_contexts(reader, contexts=("random", "repeat"), lengths=(64,), n_seqs=2)
     assert contexts.context.tolist() == ["random", "repeat"]
 
 
