@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sinklens.errors import BadInputError, SinklensError
+from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.tokens import Tokens, reads_images
 
@@ -182,11 +182,14 @@ def load_images(
 
     Raises:
         BadInputError: no picture, a file that is none or half of one, a moving picture, a shape or type that is no
-            picture, a size that the model cannot take, a text model.
+            picture, a size that the model cannot take.
+        UnsupportedModelError: a text model.
         SinklensError: Pillow is not installed.
     """
     if not isinstance(model, PlainModel) or not reads_images(model):
-        raise BadInputError("load_images needs a model that reads images; this one reads text (use load_tokens)")
+        raise UnsupportedModelError(
+            "load_images needs a model that reads images; this one reads text (use load_tokens)"
+        )
     facts = model.capabilities
     given: list[Any] = list(sources) if isinstance(sources, (list, tuple)) else [sources]
     if not given:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError
+from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.images import Images, as_images
 from sinklens.plain import PlainModel
 from sinklens.plain_backend import stream
@@ -210,10 +210,12 @@ def register_tokens(
     """
     if not isinstance(model, PlainModel):
         capabilities(model)
-        raise BadInputError("register_tokens needs a model that reads images; find_sinks works on text")
+        raise UnsupportedModelError("register_tokens needs a model that reads images; find_sinks works on text")
     facts = model.capabilities
     if facts.reads != "images":
-        raise BadInputError(f"{facts.model} reads text; register_tokens is about pictures' patches, use find_sinks")
+        raise UnsupportedModelError(
+            f"{facts.model} reads text; register_tokens is about pictures' patches, use find_sinks"
+        )
     for name, value in (("ratio", ratio), ("norm", 1.0 if norm is None else norm), ("sigmas", sigmas)):
         if not (math.isfinite(value) and value > 0):
             raise BadInputError(f"{name} must be a positive number, got {value}")

@@ -31,12 +31,15 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
-from sinklens.proof import capabilities
+from sinklens.images import Images, load_images
+from sinklens.plain import PlainModel
+from sinklens.proof import record
 from sinklens.results import atomic_path
 from sinklens.selftest import attention_checks as reading
 from sinklens.selftest import cause_checks as causes
 from sinklens.selftest import edit_checks as edits
 from sinklens.selftest import mixing_checks as mixing
+from sinklens.selftest import plain_checks as plain
 from sinklens.selftest.subject import LENGTH, Parts, Subject
 from sinklens.tokens import Tokens, as_tokens, load_tokens
 from sinklens.vocabulary import vocabulary
@@ -44,6 +47,8 @@ from sinklens.vocabulary import vocabulary
 CHECKS: dict[str, Callable[[Subject, Parts], None]] = {
     "load_model": reading.check_model_runs,
     "load_tokens": reading.check_tokens,
+    "load_images": plain.check_no_images,
+    "named_tokens": reading.check_named,
     "capabilities": reading.check_capabilities,
     "sink_scores": reading.check_scores,
     "find_sinks": reading.check_find,
@@ -54,6 +59,7 @@ CHECKS: dict[str, Callable[[Subject, Parts], None]] = {
     "attention_grid": reading.check_grid,
     "sink_anatomy": reading.check_anatomy,
     "flash": reading.check_flash,
+    "register_tokens": plain.check_no_registers,
     "token_loss": reading.check_loss,
     "ablate_sinks": edits.check_ablate,
     "ablate_residual": edits.check_residual,
@@ -76,6 +82,18 @@ CHECKS: dict[str, Callable[[Subject, Parts], None]] = {
     "path_sums": mixing.check_paths,
     "perturbation_spread": mixing.check_perturbation,
     "measure_collapse": mixing.check_collapse,
+}
+WITHOUT_BRIDGE: dict[str, Callable[[Subject, Parts], None]] = {
+    "load_model": plain.check_plain_loads,
+    "sink_scores": plain.check_plain_scores,
+    "find_sinks": plain.check_plain_find,
+    "compare_methods": plain.check_plain_methods,
+    "compare_contexts": plain.check_plain_contexts,
+    "flash": plain.check_plain_flash,
+}
+IMAGES: dict[str, Callable[[Subject, Parts], None]] = {
+    "load_images": plain.check_images,
+    "register_tokens": plain.check_registers,
 }
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3}
 ROUGH = 0.1  # half precision
@@ -163,9 +181,10 @@ class SelfTest:
 
 
 def check_model(
-    model: TransformerBridge,
+    model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens | None = None,
     *,
+    mask_id: int | None = None,
     functions: Sequence[str] | None = None,
     tolerance: float | None = None,
     progress: bool | None = None,
@@ -175,7 +194,9 @@ def check_model(
     Args:
         model: from :func:`sinklens.load_model`.
         tokens: at least four sequences of 56 tokens (two are looked at, two are the reference of means); default: the
-            first tokens of four documents of python-docs, or random ids where the model has no tokenizer.
+            first tokens of four documents of python-docs, or random ids where the model has no tokenizer; of image
+            models pictures of random squares (two images of one size, or more).
+        mask_id: the id of an encoder's [MASK], where its tokenizer names none.
         functions: some of ``sinklens.self_test.CHECKS``; default all.
         tolerance: default 1e-3 in float32 and float64, 0.1 in half precision.
         progress: show a bar.
@@ -186,24 +207,34 @@ def check_model(
     Raises:
         BadInputError: unknown functions, or too few or too short sequences.
     """
-    facts = capabilities(model)
+    facts = record(model)
     chosen = list(CHECKS if functions is None else functions)
     unknown = [name for name in chosen if name not in CHECKS]
     if unknown or not chosen:
         raise BadInputError(f"no check of {', '.join(unknown) or 'nothing'}; there are {', '.join(CHECKS)}")
-    limit = tolerance if tolerance is not None else TOLERANCES.get(model.cfg.dtype, ROUGH)
-    subject = _subject(model, tokens)
+    dtype = model.dtype if isinstance(model, PlainModel) else model.cfg.dtype
+    limit = tolerance if tolerance is not None else TOLERANCES.get(dtype, ROUGH)
+    subject = _subject(model, tokens, mask_id)
+    checks = CHECKS | (WITHOUT_BRIDGE if isinstance(model, PlainModel) else {})
+    checks |= IMAGES if isinstance(subject.tokens, Images) else {}
     rows = []
     with progress_bar("self-test", len(chosen), progress) as advance:
         for name in chosen:
-            rows.append(_checked(name, subject, limit))
+            rows.append(_checked(name, checks[name], subject, limit))
             advance()
-    info: dict[str, Any] = {"capabilities": asdict(facts), "dtype": str(model.cfg.dtype)}
+    info: dict[str, Any] = {"capabilities": asdict(facts), "dtype": str(dtype)}
     info |= {name: version(name) for name in ("sinklens", "transformer-lens", "transformers", "torch")}
     return SelfTest(tuple(rows), limit, info)
 
 
-def _subject(model: TransformerBridge, tokens: Any) -> Subject:
+def _subject(model: Any, tokens: Any, mask_id: int | None) -> Subject:
+    if isinstance(model, PlainModel) and model.capabilities.reads == "images":
+        pictures = plain.pictures() if tokens is None else tokens
+        images = pictures if isinstance(pictures, Images) else load_images(model, pictures)
+        if len(images) < 2:
+            raise BadInputError("the self-test needs two images at least")
+        whole: Any = model
+        return Subject(whole, images[:2], images[:2])
     if tokens is None:
         source = "random" if vocabulary(model).tokenizer is None else "python-docs"
         batch = load_tokens(model, source, n_seqs=4, seq_len=LENGTH)
@@ -212,15 +243,16 @@ def _subject(model: TransformerBridge, tokens: Any) -> Subject:
         if len(batch) < 4 or int(batch.lengths.min()) < LENGTH:
             raise BadInputError(f"the self-test needs four sequences of at least {LENGTH} tokens")
         batch = batch[:4].first(LENGTH)
-    return Subject(model, batch[:2], batch[2:])
+    known: Any = model
+    return Subject(known, batch[:2], batch[2:], mask_id)
 
 
-def _checked(name: str, subject: Subject, tolerance: float) -> Checked:
+def _checked(name: str, check: Callable[[Subject, Parts], None], subject: Subject, tolerance: float) -> Checked:
     parts = Parts()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SinklensWarning)
-            CHECKS[name](subject, parts)
+            check(subject, parts)
     except UnsupportedModelError as error:
         parts.refused[""] = str(error)
     except (SinklensError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
-from sinklens.errors import BadInputError
+from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.plain import PlainModel
 from sinklens.proof import record
 from sinklens.results import load_tensors, save_tensors
@@ -228,7 +228,9 @@ def load_tokens(
         BadInputError: unknown source, empty text, text shorter than asked, ``seq_len`` past the context window.
     """
     if reads_images(model):
-        raise BadInputError(f"{record(model).model} reads images: load_images(model, [path, ...]) makes its tokens")
+        raise UnsupportedModelError(
+            f"{record(model).model} reads images: load_images(model, [path, ...]) makes its tokens"
+        )
     words = vocabulary(model)
     _check_request(model, n_seqs, seq_len)
     if min_len is not None and (source in ("random", "repeat") or not isinstance(source, (str, os.PathLike))):

@@ -60,10 +60,10 @@ class BosVariants(dict[str, Tokens]):
         """
         losses = self.losses(model, hooks=hooks, mask_id=mask_id)
         documents = next(iter(self.values())).documents
-        kept = torch.stack([row.mean() for row in losses["keep"]])
+        kept = torch.stack([row.nanmean() for row in losses["keep"]])
         rows = []
         for name in self:
-            means = torch.stack([row.mean() for row in losses[name]])
+            means = torch.stack([row.nanmean() for row in losses[name]])
             found = None if name == "keep" else interval(means - kept, documents)
             rows.append(
                 {

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.errors import BadInputError
+from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.models import native_tokenizer
 from sinklens.plain import PlainModel
 from sinklens.proof import record
@@ -175,7 +175,10 @@ def named_tokens(model: TransformerBridge, *names: str | int) -> NamedTokens:
 
     Raises:
         BadInputError: an unknown name, a text of several tokens, a tokenizer without special tokens.
+        UnsupportedModelError: a model of images.
     """
+    if not record(model).vocabulary:
+        raise UnsupportedModelError(f"{record(model).model} reads images: its tokens are patches and have no ids")
     words = vocabulary(model)
     ids = tuple(dict.fromkeys(words.id_of(name) for name in names)) if names else tuple(sorted(words.special_ids))
     if not ids:

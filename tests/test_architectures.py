@@ -8,22 +8,27 @@ import inspect
 from typing import Any
 
 import architecture_table
+import plain_models
 import pytest
 import torch
 from architectures import build_pair
 
 import sinklens as sl
+from sinklens import self_test
 from sinklens.self_test import CHECKS
 
 NAMES = (
     "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "neox", "phi3", "falcon", "opt", "bloom",
-    "mixtral", "gpt-oss", "deepseek-v3", "bert", "roberta", "gpt-neo",
+    "mixtral", "gpt-oss", "deepseek-v3", "bert", "roberta", "vit", "gpt-neo", "modernbert", "distilbert", "dinov2",
 )  # fmt: skip
 _FORWARD_MODE = {"jacobian_norms", "path_sums"}  # mixtures of experts and Bloom have no forward-mode derivative
-_ENCODER = {
-    "token_loss", "bos_variants", "run_experiment", "sweep_ablation", "matched_damage", "trace_sinks", "plant_sinks",
-    "writer_subspace", "path_sums",
+_ENCODER = {"sweep_ablation", "trace_sinks", "plant_sinks", "writer_subspace", "path_sums"}
+_OF_IMAGES = {"load_images", "register_tokens"}
+_PLAIN = set(CHECKS) - {
+    "load_model", "load_tokens", "named_tokens", "sink_scores", "find_sinks", "compare_methods", "compare_contexts",
+    "flash",
 }  # fmt: skip
+_IMAGES = (_PLAIN | {"load_tokens", "named_tokens", "compare_contexts"}) - _OF_IMAGES
 REFUSED: dict[str, set[str]] = {
     "falcon": {"flash"},
     "opt": {"writer_subspace", "path_sums"},
@@ -37,6 +42,10 @@ REFUSED: dict[str, set[str]] = {
         "flash", "ablate_sinks", "swap_attention", "restrict_attention", "run_experiment", "sweep_ablation",
         "compare_mixing", "path_sums", "perturbation_spread",
     },
+    "modernbert": _PLAIN,
+    "distilbert": _PLAIN,
+    "vit": _IMAGES,
+    "dinov2": _IMAGES,
 }  # fmt: skip
 PARTLY: dict[str, dict[str, set[str]]] = {
     "neox": {"ablate_sinks": {"fixed_key"}},
@@ -55,13 +64,16 @@ PARTLY: dict[str, dict[str, set[str]]] = {
 }  # fmt: skip
 
 
+WITHOUT_BRIDGE = ("vit", "modernbert", "distilbert", "dinov2")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_function_is_exact_or_refused_as_expected(name: str, request: pytest.FixtureRequest) -> None:
-    _, model = build_pair(name)
-    found = sl.check_model(model, progress=False)
+    model = (plain_models.build_pair if name in WITHOUT_BRIDGE else build_pair)(name)[1]
+    found = sl.check_model(model, mask_id=5 if name in ("bert", "roberta") else None, progress=False)
     request.config.stash.setdefault(TABLE, {})[name] = found
     assert found.tolerance == 1e-3
-    refused = REFUSED.get(name, set())
+    refused = REFUSED.get(name, set()) | (set() if name in ("vit", "dinov2") else _OF_IMAGES)
     outcomes = {row.function: row.outcome for row in found.rows}
     assert outcomes == {f: "refused" if f in refused else "exact" for f in CHECKS}, repr(found)
     partly = {row.function: set(row.refused) for row in found.rows if row.outcome == "exact" and row.refused}
@@ -85,6 +97,7 @@ def test_no_public_function_that_runs_a_model_is_left_out() -> None:
         if inspect.isfunction(value) and "model" in inspect.signature(value).parameters:
             taking.add(name)
     assert taking - {"check_model"} == set(CHECKS) - {"load_model"}
+    assert set(self_test.WITHOUT_BRIDGE) | set(self_test.IMAGES) <= set(CHECKS)
 
 
 def _alpha(means: Any) -> Any:

@@ -163,7 +163,7 @@ def test_images_of_another_model_and_texts_are_refused(model: PlainModel) -> Non
         sl.sink_scores(other, sl.load_images(model, picture()))
     with pytest.raises(sl.BadInputError, match="reads images: pass load_images"):
         sl.sink_scores(model, torch.tensor([[1, 2]]))
-    with pytest.raises(sl.BadInputError, match="reads images: load_images"):
+    with pytest.raises(sl.UnsupportedModelError, match="reads images: load_images"):
         sl.load_tokens(model, ["text"])
 
 

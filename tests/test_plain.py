@@ -240,6 +240,7 @@ WORKING = {
     "find_sinks",
     "flash",
     "load_tokens",
+    "named_tokens",
     "sink_scores",
 }
 ABOUT_IMAGES = {"load_images", "register_tokens"}
@@ -304,17 +305,17 @@ def test_everything_else_refuses_and_says_what_works(name: str, distilbert: sl.P
 
 
 def test_functions_of_images_tell_text_models_so(distilbert: sl.PlainModel) -> None:
-    with pytest.raises(sl.BadInputError, match="reads text"):
+    with pytest.raises(sl.UnsupportedModelError, match="reads text"):
         sl.load_images(distilbert, picture())
     images = sl.load_images(build_pair("dinov2")[1], picture())
-    with pytest.raises(sl.BadInputError, match="reads text"):
+    with pytest.raises(sl.UnsupportedModelError, match="reads text"):
         sl.register_tokens(distilbert, images)
     with pytest.raises(sl.BadInputError, match="reads text and these are images"):
         sl.sink_scores(distilbert, images)
     bridge = sl.load_model(build_bridged("gpt2"))
     with pytest.raises(sl.BadInputError, match="reads text and these are images"):
         sl.sink_scores(bridge, images)
-    with pytest.raises(sl.BadInputError, match="reads images"):
+    with pytest.raises(sl.UnsupportedModelError, match="reads images"):
         sl.register_tokens(bridge, images)
 
 

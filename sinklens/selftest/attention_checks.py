@@ -29,7 +29,7 @@ from sinklens.selftest.written_out import visible
 from sinklens.sinks import compare_methods, find_sinks, from_scores
 from sinklens.tokens import Tokens, load_tokens
 from sinklens.views import attention_grid, attention_map
-from sinklens.vocabulary import vocabulary
+from sinklens.vocabulary import named_tokens, vocabulary
 
 
 def backends(subject: Subject) -> tuple[str, ...]:
@@ -37,9 +37,8 @@ def backends(subject: Subject) -> tuple[str, ...]:
     return ("hooks",) if unsupported(subject.model) else ("hooks", "flash")
 
 
-def naive_scores(subject: Subject, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def naive_scores(facts: Any, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """alpha, beta [batch, layer, head, pos], uniform [batch, layer, pos], learned mass, by loops over keys."""
-    facts = subject.facts
     batch, heads, length = weights[0].shape[:3]
     shape = (batch, len(weights), heads, length)
     alpha, beta = torch.zeros(shape, dtype=torch.float64), torch.full(shape, math.nan, dtype=torch.float64)
@@ -89,6 +88,18 @@ def check_tokens(subject: Subject, parts: Parts) -> None:
     parts.add("differences", differences)
 
 
+def check_named(subject: Subject, parts: Parts) -> None:
+    """Where tokens with given ids stand, by a loop."""
+
+    def differences() -> float:
+        chosen = [int(subject.tokens.ids[0, 3]), int(subject.tokens.ids[1, 9])]
+        found = named_tokens(subject.model, *chosen)(subject.tokens.ids)
+        naive = [[i in chosen for i in row] for row in subject.tokens.ids.tolist()]
+        return float((found != torch.tensor(naive)).sum())
+
+    parts.add("differences", differences)
+
+
 def check_capabilities(subject: Subject, parts: Parts) -> None:
     """The record is the same when it is proven again, and patterns are the declared softmax."""
     parts.add("record", lambda: float(prove(subject.model) != subject.facts))
@@ -109,7 +120,7 @@ def check_capabilities(subject: Subject, parts: Parts) -> None:
 
 def check_scores(subject: Subject, parts: Parts) -> None:
     """alpha, beta, the uniform share and the learned mass, with padding on either side."""
-    naive = naive_scores(subject, [layer.weights for layer in subject.base.layers])
+    naive = naive_scores(subject.facts, [layer.weights for layer in subject.base.layers])
 
     def one(backend: str, tokens: Tokens, positions: Any = None) -> Callable[[], float]:
         def measure() -> float:
@@ -128,15 +139,20 @@ def check_scores(subject: Subject, parts: Parts) -> None:
         parts.add(f"{backend}, some positions", one(backend, subject.tokens, SINKS))
 
 
+def between(beta: Tensor) -> dict[str, Any]:
+    """Thresholds that some tokens pass, and that no rounding can cross: in the widest gap between masses."""
+    mass = beta.double().mean(2).flatten()
+    mass = mass[~mass.isnan()].sort().values
+    gaps = mass.diff()[len(mass) // 2 :]
+    at = len(mass) // 2 + int(gaps[: max(1, len(gaps) // 2)].argmax())
+    return {"uniform_factor": 0.0, "activity": float((mass[at] + mass[at + 1]) / 2)}
+
+
 def check_find(subject: Subject, parts: Parts) -> None:
     """The sinks of naive scores."""
-    alpha, beta, uniform, _ = naive_scores(subject, [layer.weights for layer in subject.base.layers])
+    alpha, beta, uniform, _ = naive_scores(subject.facts, [layer.weights for layer in subject.base.layers])
     scores = replace(subject.scores, alpha=alpha.float(), beta=beta.float(), uniform=uniform.float())
-    mass = scores.beta.double().mean(2).flatten()
-    mass = mass[~mass.isnan()].sort().values
-    gaps = mass.diff()[len(mass) // 2 :]  # a threshold that no rounding can cross
-    at = len(mass) // 2 + int(gaps[: max(1, len(gaps) // 2)].argmax())
-    options: dict[str, Any] = {"uniform_factor": 0.0, "activity": float((mass[at] + mass[at + 1]) / 2)}
+    options = between(scores.beta)
 
     def differences(backend: str) -> float:
         with warnings.catch_warnings():
@@ -246,14 +262,14 @@ def _free(ours: Tensor, scores: Tensor, inside: Tensor, subject: Subject, n: int
 
 
 def check_loss(subject: Subject, parts: Parts) -> None:
-    """The loss of the written-out logits."""
+    """The loss of written-out logits: of the next token, or of tokens masked one by one."""
 
     def measure() -> float:
-        found = token_loss(subject.model, subject.tokens)
-        assert subject.base.logits is not None
-        logits = subject.base.logits[:, :-1].double()
-        naive = -logits.log_softmax(-1).gather(-1, subject.ids[:, 1:, None])[..., 0]
-        return gap(found[:, :-1], naive)
+        found = token_loss(subject.model, subject.tokens, mask_id=subject.mask_id).double()
+        known = ~found.isnan()
+        if int(known.sum()) < LENGTH:
+            return math.inf
+        return gap(found[known], subject.losses(subject.ids)[known])
 
     parts.add("nats", measure)
 
@@ -331,7 +347,7 @@ def check_anatomy(subject: Subject, parts: Parts) -> None:
             norm = inputs[row["layer"], row["sequence"]].norm(dim=-1)
             worst = max(worst, gap(row["residual_norm"], norm[row["position"]]))
             worst = max(worst, gap(row["residual_ratio"], norm[row["position"]] / norm[kept].float().median()))
-        _, beta, _, _ = naive_scores(subject, [layer.weights for layer in subject.base.layers])
+        _, beta, _, _ = naive_scores(subject.facts, [layer.weights for layer in subject.base.layers])
         for row in found.heads.to_dict("records"):
             b, n, h, p = (row[name] for name in ("sequence", "layer", "head", "position"))
             layer = subject.base.layers[n]
@@ -357,7 +373,7 @@ def check_contexts(subject: Subject, parts: Parts) -> None:
             )
         tokens = load_tokens(subject.model, "random", n_seqs=2, seq_len=LENGTH)
         other = Subject(subject.model, tokens, tokens)
-        alpha = naive_scores(other, [layer.weights for layer in other.base.layers])[0]
+        alpha = naive_scores(other.facts, [layer.weights for layer in other.base.layers])[0]
         row = table.to_dict("records")[0]
         rate = float((alpha[..., 0] > 0.3).double().mean())
         return max(gap(row["alpha"], alpha[..., 0].mean()), abs(row["sink_rate"] - rate))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from sinklens.ablate import ablate_sinks
 from sinklens.attention import block_input
 from sinklens.bos import patch_bos
-from sinklens.damage import matched_damage
+from sinklens.damage import damage, matched_damage
 from sinklens.errors import BadInputError
 from sinklens.experiment import run_experiment
 from sinklens.residual_edits import ablate_residual
@@ -179,6 +180,8 @@ def check_ablate(subject: Subject, parts: Parts) -> None:
             row = start
             for _ in range(6):
                 row = torch.cat([row, subject.model(row)[:, -1].argmax(-1, keepdim=True)], 1)
+        for _ in range(0 if subject.facts.causal else 4):  # an encoder's own guesses
+            row = subject.logits(row).argmax(-1).to(row.device)
         return float((torch.as_tensor(cached) != row).sum())
 
     parts.add("generate", generated)
@@ -310,40 +313,28 @@ def check_restrict(subject: Subject, parts: Parts) -> None:
     parts.add("2+10", lambda: subject.edited(restrict_attention(subject.model, sinks=2, recent=10), edit))
 
 
-def losses(subject: Subject, logits: Tensor | None) -> Tensor:
-    """Next-token losses [batch, pos - 1] in nats, of the logits written out."""
-    assert logits is not None
-    return -logits[:, :-1].double().log_softmax(-1).gather(-1, subject.ids[:, 1:, None])[..., 0].cpu()
-
-
 def check_experiment(subject: Subject, parts: Parts) -> None:
     """Loss and KL of every scored token of one intervention."""
 
     def measure() -> float:
         hooks = ablate_sinks(subject.model, subject.sinks)
         found = run_experiment(
-            subject.model, subject.tokens, {"gone": hooks}, sinks=subject.sinks, controls=(), progress=False
-        )
+            subject.model, subject.tokens, {"gone": hooks}, sinks=subject.sinks, controls=(), mask_id=subject.mask_id,
+            progress=False,
+        )  # fmt: skip
         lives = {p: min(onset, subject.facts.n_layers - 1) for p, onset in zip(SINKS, (0, 1), strict=True)}
 
         def edit(n: int, layer: Layer) -> Tensor:
             return naive_edit("renormalize", [p for p, onset in lives.items() if n >= onset])(n, layer)
 
-        run = subject.written(edit, logits=True)
-        worst, scored = 0.0, torch.ones(0)
-        assert subject.base.logits is not None
-        assert run.logits is not None
-        before, after = (x[:, :-1].double().log_softmax(-1).cpu() for x in (subject.base.logits, run.logits))
-        naive = {"loss": losses(subject, run.logits), "kl": (before.exp() * (before - after)).sum(-1)}
+        before, after = (subject.logits(subject.ids, e).log_softmax(-1) for e in (plain, edit))
+        naive = {"loss": subject.losses(subject.ids, edit), "kl": (before.exp() * (before - after)).sum(-1)}
         at = found.index("gone")
-        for name, expected in naive.items():
-            ours = found.metrics[name][at][:, : LENGTH - 1].double()
-            scored = ~ours.isnan()
-            if int(scored.sum()) < LENGTH:
-                return math.inf
-            worst = max(worst, gap(ours[scored], expected[scored]))
-        base = found.metrics["loss"][0][:, : LENGTH - 1].double()
-        return max(worst, gap(base[scored], losses(subject, subject.base.logits)[scored]))
+        scored = ~found.metrics["loss"][at].isnan()
+        if int(scored.sum()) < LENGTH:
+            return math.inf
+        worst = gap(found.metrics["loss"][0][scored], subject.losses(subject.ids)[scored])
+        return max(worst, *(gap(found.metrics[name][at][scored], values[scored]) for name, values in naive.items()))
 
     parts.add("nats", measure)
 
@@ -353,12 +344,10 @@ def check_sweep(subject: Subject, parts: Parts) -> None:
 
     def measure() -> float:
         found = sweep_ablation(subject.model, subject.tokens, [0], over="layer", progress=False)
-        base = losses(subject, subject.base.logits)
+        base = subject.losses(subject.ids)[:, :-1]
         worst = 0.0
         for i, key in enumerate(found.keys):
-            edited = losses(
-                subject, subject.written(naive_edit("renormalize", [0], layers=[int(str(key))]), logits=True).logits
-            )
+            edited = subject.losses(subject.ids, naive_edit("renormalize", [0], layers=[int(str(key))]))[:, :-1]
             worst = max(worst, gap(found.metrics["loss"][i], (edited - base)[:, 1:].mean(1)))
         return worst
 
@@ -381,13 +370,15 @@ def check_variants(subject: Subject, parts: Parts) -> None:
             "middle": torch.cat([rest[:, :half], first, rest[:, half:]], 1),
         }
         wrong = sum(float((found[name].ids.cpu() != ids).sum()) for name, ids in naive.items())
-        mine = found.losses(subject.model)
+        mine = found.losses(subject.model, mask_id=subject.mask_id)
         for name, ids in naive.items():
-            logits = write_out(subject.model, ids.to(subject.model.cfg.device), logits=True).logits
-            assert logits is not None
-            loss = -logits[:, :-1].double().log_softmax(-1).cpu().gather(-1, ids[:, 1:, None])[..., 0]
+            loss = subject.losses(ids.to(subject.model.cfg.device))
             for b, row in enumerate(found.targets[name]):
-                wrong = max(wrong, gap(mine[name][b], loss[b, [p - 1 for p in row]]))
+                scored = ~mine[name][b].isnan()  # an encoder's [MASK] and padding are never predicted
+                if int(scored.sum()) < LENGTH // 2:
+                    return math.inf
+                expected = loss[b, [p - int(subject.facts.causal) for p in row]]
+                wrong = max(wrong, gap(mine[name][b][scored], expected[scored]))
         return wrong
 
     parts.add("nats", measure)
@@ -400,22 +391,22 @@ def check_damage(subject: Subject, parts: Parts) -> None:
         return [(block_input(0), lambda x, hook: x + share * torch.roll(x, 1, dims=1))]
 
     def measure() -> float:
-        row = subject.ids[:, :4]  # then greedily: damage to likely tokens surely costs
-        with torch.no_grad():
-            for _ in range(20 if subject.predicts else 0):
+        row = subject.ids[:, :4] if subject.facts.causal else subject.ids[:, :24]
+        with torch.no_grad():  # a decoder's own continuation: damage to likely tokens surely costs
+            for _ in range(20 if subject.facts.causal else 0):
                 row = torch.cat([row, subject.model(row)[:, -1].argmax(-1, keepdim=True)], 1)
-
-        def cost(hooks: Sequence[Any]) -> float:
-            logits = write_out(subject.model, row, hooks=hooks, logits=True).logits
-            assert logits is not None
-            return float(-logits[:, :-1].double().log_softmax(-1).gather(-1, row[:, 1:, None]).mean())
-
-        for share in (0.2, 0.5, 1.0, -0.2):
+        tried = [shifted(share) for share in (0.2, 0.5, 1.0, -0.2, -0.5, -1.0)]
+        tried += [damage(subject.model, "noise", size, [1], seed=9) for size in (0.3, 1.0, 3.0)]
+        tried.append(damage(subject.model, "mlp", 0.4, range(subject.facts.n_layers)))
+        for edit, kind in product(tried, ("noise", "mlp")):
             try:
-                found = matched_damage(subject.model, row, shifted(share), progress=False)
-            except BadInputError:  # this costs nothing, or noise cannot cost so much
+                found = matched_damage(subject.model, row, edit, kind=kind, mask_id=subject.mask_id, progress=False)
+            except BadInputError:  # this costs nothing, or the other damage cannot cost so much
                 continue
-            return max(gap(found.loss, cost(found.hooks)), max(0.0, abs(found.loss - found.target) - 0.02))
-        raise BadInputError("no edit that was tried costs a loss that noise can match, so nothing can be compared")
+            reached = float(subject.losses(row, hooks=list(found.hooks)).nanmean())
+            return max(gap(found.loss, reached), max(0.0, abs(found.loss - found.target) - 0.02))
+        raise BadInputError(
+            "no edit that was tried costs a loss that other damage can match, so nothing can be compared"
+        )
 
     parts.add("nats", measure)

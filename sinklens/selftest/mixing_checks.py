@@ -57,6 +57,7 @@ def naive_blocks(subject: Subject, ids: Tensor, column: int, rows: list[int], *,
 
 
 def _short(subject: Subject) -> Any:
+    assert subject.facts  # raises where there is no bridge
     return subject.tokens[0].first(SHORT)
 
 
@@ -180,7 +181,7 @@ def check_norms(subject: Subject, parts: Parts) -> None:
 
 def check_paths(subject: Subject, parts: Parts) -> None:
     """The measured spectral norm, attention frozen, and that no block exceeds the bound."""
-    one = subject.tokens[0].first(4)
+    one = _short(subject).first(4)
     ids = one.ids.to(subject.model.cfg.device)
 
     def measure() -> float:

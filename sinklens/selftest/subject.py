@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.lives import Thresholds
+from sinklens.predictions import predictions
 from sinklens.proof import Capabilities, capabilities
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.selftest.written_out import Edit, Written, plain, write_out
@@ -52,6 +53,7 @@ class Subject:
     model: TransformerBridge
     tokens: Tokens
     reference: Tokens
+    mask_id: int | None = None
 
     @cached_property
     def facts(self) -> Capabilities:
@@ -120,12 +122,34 @@ class Subject:
             raise BadInputError("this edit changes nothing on these tokens, so nothing can be compared")
         return apart(ours, theirs) / effect
 
-    @property
-    def predicts(self) -> bool:
-        """Whether next-token losses mean something."""
-        from sinklens.models import has_trained_head
+    def logits(
+        self, ids: Tensor, edit: Edit = plain, hooks: Sequence[Any] = ()
+    ) -> Float[Tensor, "batch pos vocabulary"]:
+        """The logits that predict: entry p is of token p + 1, in encoders of token p, masked there.
 
-        return self.facts.causal and has_trained_head(self.model)
+        Encoders with an edit must have the same ids of each masked copy, so the edit may look at positions only.
+        """
+        if self.facts.causal:
+            found = write_out(self.model, ids, edit, hooks=hooks, logits=True).logits
+            assert found is not None
+            return found.double().cpu()
+        known = predictions(self.model, self.mask_id)
+        rows = []
+        for row in ids:
+            copies = row.expand(len(row), -1).clone()
+            copies.fill_diagonal_(known.mask_id or 0)
+            found = write_out(self.model, copies, edit, hooks=hooks, logits=True).logits
+            assert found is not None
+            rows.append(found.double().cpu().diagonal().T)
+        return torch.stack(rows)
+
+    def losses(self, ids: Tensor, edit: Edit = plain, hooks: Sequence[Any] = ()) -> Float[Tensor, "batch pos"]:
+        """Losses in nats of those predictions; NaN where there is none."""
+        shown = self.logits(ids, edit, hooks).log_softmax(-1)
+        if not self.facts.causal:
+            return -shown.gather(-1, ids.cpu()[..., None])[..., 0]
+        loss = -shown[:, :-1].gather(-1, ids[:, 1:, None].cpu())[..., 0]
+        return torch.nn.functional.pad(loss, (0, 1), value=torch.nan)
 
 
 def apart(ours: Float[Tensor, "*any d"], theirs: Float[Tensor, "*any d"]) -> float:
