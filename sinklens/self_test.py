@@ -233,8 +233,7 @@ def _subject(model: Any, tokens: Any, mask_id: int | None) -> Subject:
         images = pictures if isinstance(pictures, Images) else load_images(model, pictures)
         if len(images) < 2:
             raise BadInputError("the self-test needs two images at least")
-        whole: Any = model
-        return Subject(whole, images[:2], images[:2])
+        return Subject(model, images[:2], images[:2])
     if tokens is None:
         source = "random" if vocabulary(model).tokenizer is None else "python-docs"
         batch = load_tokens(model, source, n_seqs=4, seq_len=LENGTH)
@@ -243,8 +242,7 @@ def _subject(model: Any, tokens: Any, mask_id: int | None) -> Subject:
         if len(batch) < 4 or int(batch.lengths.min()) < LENGTH:
             raise BadInputError(f"the self-test needs four sequences of at least {LENGTH} tokens")
         batch = batch[:4].first(LENGTH)
-    known: Any = model
-    return Subject(known, batch[:2], batch[2:], mask_id)
+    return Subject(model, batch[:2], batch[2:], mask_id)
 
 
 def _checked(name: str, check: Callable[[Subject, Parts], None], subject: Subject, tolerance: float) -> Checked:

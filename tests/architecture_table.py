@@ -43,17 +43,25 @@ def write(results: Mapping[str, sl.SelfTest], path: Path = PATH) -> None:
     worst = [max((row.error for row in results[name].rows if row.errors), default=float("nan")) for name in names]
     lines.append("| largest error | " + " | ".join("–" if w != w else f"{w:.0e}" for w in worst) + " |")
     lines += ["", "## What is refused, and why", ""]
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}  # why -> function -> where
     for name, row in pairs:
         told = row.refused if row.outcome == "exact" else {"": row.reason or next(iter(row.refused.values()), "")}
+        facts = results[name].info["capabilities"]
         for part, why in told.items():
-            if row.outcome != "exact" or row.refused:
-                label = f"`{row.function}`" + (f", {part}" if part else "")
-                words = why.replace(f"{results[name].info['capabilities']['model']}: ", "")
-                words = words.replace(f"{results[name].info['capabilities']['model']} ", "")
-                reasons.setdefault((label, " ".join(words.split())), []).append(name)
-    for (label, why), where in reasons.items():
-        lines.append(f"- {label}: {', '.join(where)}: {why}")
+            label = f"`{row.function}`" + (f" ({part})" if part else "")
+            for own in (f"{facts['model']} ({facts['architecture']}): ", f"{facts['model']}: ", f"{facts['model']} "):
+                why = why.replace(own, "")
+            for own in (facts["model"], facts["architecture"]):
+                why = why.replace(own, "this model")
+            if row.outcome == "refused" or part:
+                where = reasons.setdefault(" ".join(why.split()), {}).setdefault(label, [])
+                where += [name] if name not in where else []
+    for why, by in reasons.items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for label, where in by.items():
+            alike.setdefault(tuple(where), []).append(label)
+        for where, labels in alike.items():
+            lines.append(f"- {', '.join(labels)}: {', '.join(where)}: {why}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

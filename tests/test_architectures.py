@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import architecture_table
+import jaxtyping
 import plain_models
 import pytest
 import torch
@@ -68,7 +69,10 @@ WITHOUT_BRIDGE = ("vit", "modernbert", "distilbert", "dinov2")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_function_is_exact_or_refused_as_expected(name: str, request: pytest.FixtureRequest) -> None:
+def test_every_function_is_exact_or_refused_as_expected(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users do not run it: functions must notice
     model = (plain_models.build_pair if name in WITHOUT_BRIDGE else build_pair)(name)[1]
     found = sl.check_model(model, mask_id=5 if name in ("bert", "roberta") else None, progress=False)
     request.config.stash.setdefault(TABLE, {})[name] = found
@@ -114,7 +118,7 @@ def _pair(pair: Any) -> Any:
     [
         ("scores", "column_means", _alpha, "sink_scores"),
         ("collapse", "collapse_measures", lambda values: values * 1.01, "measure_collapse"),
-        ("subspace", "_carried", lambda values: [v * 1.01 for v in values], "writer_subspace"),
+        ("perturbation", "swap_changes", lambda pair: (pair[0] * 1.01, pair[1]), "perturbation_spread"),
         ("sink_edit", "pair", _pair, "ablate_sinks"),
         ("mixing", "exact_columns", lambda values: values * 1.01, "measure_mixing"),
     ],

@@ -395,6 +395,8 @@ def check_damage(subject: Subject, parts: Parts) -> None:
         with torch.no_grad():  # a decoder's own continuation: damage to likely tokens surely costs
             for _ in range(20 if subject.facts.causal else 0):
                 row = torch.cat([row, subject.model(row)[:, -1].argmax(-1, keepdim=True)], 1)
+        for _ in range(0 if subject.facts.causal else 4):  # an encoder's own guesses
+            row = subject.logits(row).argmax(-1).to(row.device)
         tried = [shifted(share) for share in (0.2, 0.5, 1.0, -0.2, -0.5, -1.0)]
         tried += [damage(subject.model, "noise", size, [1], seed=9) for size in (0.3, 1.0, 3.0)]
         tried.append(damage(subject.model, "mlp", 0.4, range(subject.facts.n_layers)))
@@ -404,7 +406,9 @@ def check_damage(subject: Subject, parts: Parts) -> None:
             except BadInputError:  # this costs nothing, or the other damage cannot cost so much
                 continue
             reached = float(subject.losses(row, hooks=list(found.hooks)).nanmean())
-            return max(gap(found.loss, reached), max(0.0, abs(found.loss - found.target) - 0.02))
+            if abs(found.loss - found.target) > 0.05:  # bisection ends at a jump of the loss
+                continue
+            return gap(found.loss, reached)
         raise BadInputError(
             "no edit that was tried costs a loss that other damage can match, so nothing can be compared"
         )

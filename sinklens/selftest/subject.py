@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.lives import Thresholds
@@ -50,7 +49,7 @@ class Subject:
     The sinks are declared, not found: what is checked is what functions make of given sinks.
     """
 
-    model: TransformerBridge
+    model: Any  # a TransformerBridge, or a PlainModel, on which most functions raise
     tokens: Tokens
     reference: Tokens
     mask_id: int | None = None
