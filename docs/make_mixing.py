@@ -371,10 +371,11 @@ def length_words(paths: dict[int, Path]) -> list[str]:
                 {"tokens": length, "documents": len(found[label].tokens), "index": index, "base": between(base)}
                 | {"first token masked": between(edited), "factor": factor(edited)}
             )
-    return [
-        "Against context length, at the last layer (S: the first token; a sample of columns, 2 probes):\n\n"
-        + table(pd.DataFrame(lines))
-    ]
+    words = (
+        "Against context length, at the last layer (S: the first token; a sample of columns, 2 probes). Masking the "
+        "first token takes the sink away only where no other token inherits it (compare its loss above):"
+    )
+    return [f"{words}\n\n{table(pd.DataFrame(lines))}"]
 
 
 if __name__ == "__main__":

@@ -219,6 +219,5 @@ def check_writing(model: TransformerBridge, ids: Int[Tensor, "1 pos"], component
     if torch.equal(kept[0], kept[1]) or (not mlp_of_same_block and not gap < 1e-2):
         raise UnsupportedModelError(
             f"{capabilities(model).model}: what is added to the output of {component[0]} {layer} does not arrive in "
-            f"the residual stream as it is (a norm stands between), so components cannot be replaced; contributions "
-            f"(causal=False) work"
+            f"the residual stream as it is (a norm or a factor stands between), so components cannot be replaced"
         )

@@ -251,3 +251,27 @@ def test_bad_interventions_end_with_one_line(arguments: list[str], message: str)
     assert code == 2
     assert message in shown
     assert "Traceback" not in shown
+
+
+def test_check_prints_every_outcome_and_says_when_something_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from architectures import build
+    from test_tokens import word_tokenizer
+
+    import sinklens.selftest.edit_checks as edits
+
+    build("opt").save_pretrained(tmp_path / "model")
+    word_tokenizer(adds_bos=True).save_pretrained(tmp_path / "model")
+    command = ["check", str(tmp_path / "model"), "--only", "load_model,flash,patch_bos,path_sums"]
+    code, shown = run(*command, "--out", str(tmp_path / "check.csv"))
+    assert code == 0, shown
+    assert "2 layers x 4 heads, causal, full attention; patterns read-only" in shown
+    assert "3 exact, 1 refused" in shown
+    assert "path-sum bound is not defined" in shown
+    assert (tmp_path / "check.csv").read_text().count("patch_bos,exact") == 3
+    monkeypatch.setattr(edits, "patch_bos", lambda *args, **kwargs: [])
+    code, shown = run(*command)
+    assert code == 1
+    assert "Please report this" in shown
+    assert run("check", str(tmp_path / "model"), "--only", "nonsense")[0] == 2
