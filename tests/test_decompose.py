@@ -452,7 +452,7 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(sl.BadInputError, match=words):
             sl.decompose_sinks(model, ids, **options)
     _, encoder = build_pair("bert")
-    with pytest.raises(sl.BadInputError, match="no loss"):
+    with pytest.raises(sl.BadInputError, match="no next token"):
         sl.decompose_sinks(encoder, ids, [0], metrics=("loss",))
     _, latent = build_pair("deepseek-v3")
     with pytest.raises(sl.UnsupportedModelError, match="MLA"):

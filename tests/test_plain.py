@@ -235,6 +235,7 @@ def test_the_context_window_and_the_vocabulary_are_checked(distilbert: sl.PlainM
 
 
 WORKING = {
+    "check_model",
     "compare_contexts",  # counts sinks, nothing else
     "compare_methods",
     "find_sinks",
