@@ -194,8 +194,8 @@ def check_model(
     Args:
         model: from :func:`sinklens.load_model`.
         tokens: at least four sequences of 56 tokens (two are looked at, two are the reference of means); default: the
-            first tokens of four documents of python-docs, or random ids where the model has no tokenizer; of image
-            models pictures of random squares (two images of one size, or more).
+            first tokens of four documents of python-docs, or random ids where the model has no tokenizer or one that
+            knows hardly any word of them; of image models pictures of random squares (two images of one size, or more).
         mask_id: the id of an encoder's [MASK], where its tokenizer names none.
         functions: some of ``sinklens.self_test.CHECKS``; default all.
         tolerance: default 1e-3 in float32 and float64, 0.1 in half precision.
@@ -237,6 +237,9 @@ def _subject(model: Any, tokens: Any, mask_id: int | None) -> Subject:
     if tokens is None:
         source = "random" if vocabulary(model).tokenizer is None else "python-docs"
         batch = load_tokens(model, source, n_seqs=4, seq_len=LENGTH)
+        ordinary = batch.ids.masked_fill(batch.special, -1)
+        if min(len(row.unique()) for row in ordinary) < LENGTH // 3:  # a tokenizer that knows hardly any word
+            batch = load_tokens(model, "random", n_seqs=4, seq_len=LENGTH)
     else:
         batch = as_tokens(model, tokens).to("cpu")
         if len(batch) < 4 or int(batch.lengths.min()) < LENGTH:

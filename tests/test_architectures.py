@@ -150,6 +150,14 @@ def test_an_error_that_is_no_refusal_is_called_failed(monkeypatch: pytest.Monkey
     assert "1 exact, 1 failed" in repr(found)
 
 
+def test_a_tokenizer_that_knows_no_word_does_not_make_the_texts_too_dull_to_check() -> None:
+    from test_tokens import model_with
+
+    functions = ["ablate_sinks", "perturbation_spread", "writer_subspace"]
+    found = sl.check_model(model_with(adds_bos=True), functions=functions, progress=False)
+    assert [row.outcome for row in found.rows] == ["exact"] * 3, repr(found)
+
+
 def test_tables_files_and_bad_requests(tmp_path: Any) -> None:
     _, model = build_pair("opt")
     found = sl.check_model(model, functions=["attention_map", "path_sums"], progress=False)

@@ -260,9 +260,10 @@ def check_subspace(subject: Subject, parts: Parts) -> None:
         trace = made(subject, tokens, [(b, p) for b in range(2) for p in MANY], layer)
         verdict = writer_subspace(subject.model, trace, sizes=(1,), n_random=1, seed=0, progress=False)
         x = _outputs(subject, tokens, f"blocks.{layer}.mlp.hook_in")
+        alike = [[p for p, i in enumerate(row) if i == row[2] and p not in MANY] for row in tokens.ids.tolist()]
         told = []
         for fit in (0, 1):
-            others = torch.cat([_spread(x[fit], [p for p in range(2, 50) if p not in MANY])])
+            others = torch.cat([_spread(x[fit], alike[fit])])
             centre = others.mean(0)
             axis = torch.linalg.svd(x[fit][list(MANY)] - centre, full_matrices=False)[2][0]
             test = x[1 - fit][list(MANY)]
