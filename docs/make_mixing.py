@@ -28,7 +28,7 @@ MODELS = ("smollm2-135m", "gemma3-270m")
 PIECES = ("conditions", "twin", "swaps", "collapse", "lengths", "bound")
 DOCUMENTS, LENGTH, PROBES = 16, 32, 4
 DOSES = (0.5, 2.0)
-LENGTHS = {64: (6, 2), 128: (6, 2), 256: (4, 2), 512: (3, 2), 1024: (2, 2)}  # tokens: sampled columns, probes
+LENGTHS = {64: (6, 16), 128: (6, 16), 256: (4, 16), 512: (3, 16), 1024: (2, 4)}  # sampled columns, documents
 FIRST = "first token masked in every layer"
 SWAPS, SWAP_LENGTH = 112, 64
 COLLAPSE = {"smollm2-135m": (32, 256), "gemma3-270m": (16, 128)}  # documents, tokens: 262,144 logits each are slow
@@ -132,11 +132,11 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         documents, length = BOUND
         sinks = prefixes(model, store, length, documents)
         sl.path_sums(model, sinks.tokens, sinks=sinks).save(path)
-    for length, (most, probes) in LENGTHS.items():
+    for length, (most, documents) in LENGTHS.items():
         if path := due(f"lengths@{length}"):
-            tokens = sl.load_tokens(model, "python-docs", seq_len=length, min_len=length, n_seqs=DOCUMENTS)
+            tokens = sl.load_tokens(model, "python-docs", seq_len=length, min_len=length, n_seqs=documents)
             made = {FIRST: sl.ablate_sinks(model, [0])}
-            sl.compare_mixing(model, tokens, made, sinks=[0], probes=probes, most=most).save(path)
+            sl.compare_mixing(model, tokens, made, sinks=[0], probes=2, most=most).save(path)
 
 
 def write(store: Path) -> None:
