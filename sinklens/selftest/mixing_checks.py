@@ -18,7 +18,7 @@ from sinklens.mixing_result import Mixing
 from sinklens.mixing_sweeps import jacobian_norms, mixing_by_length
 from sinklens.path_sum import path_sums
 from sinklens.perturbation import perturbation_spread
-from sinklens.selftest.edit_checks import naive_edit
+from sinklens.selftest.naive_edit import naive_edit
 from sinklens.selftest.subject import SHORT, SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import write_out
 
