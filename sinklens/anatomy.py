@@ -49,7 +49,7 @@ from sinklens.attention import (
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.importance import FAR, MIN_FAR_QUERIES
-from sinklens.proof import Capabilities, capabilities, same_model
+from sinklens.proof import Capabilities, capabilities, refuse_unless_softmax, same_model
 from sinklens.residuals import typical_mean
 from sinklens.results import atomic_path
 from sinklens.running import run_blocks
@@ -130,6 +130,7 @@ def sink_anatomy(model: TransformerBridge, sinks: SinkMap, *, progress: bool | N
         BadInputError: the map belongs to another model.
     """
     facts = capabilities(model)
+    refuse_unless_softmax(model, "the anatomy of a sink")
     if not same_model(sinks.info, facts):
         found_in = sinks.info["capabilities"]["model"]
         raise BadInputError(f"the sinks were found in another model ({found_in}) than {facts.model}; find them again")

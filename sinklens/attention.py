@@ -34,15 +34,15 @@ def block_output(layer: int) -> str:
 
 
 def text_config(model: TransformerBridge) -> Any:
-    """The Hugging Face configuration of the (text) model that the bridge wraps."""
-    config: Any = model.original_model.config
+    """The configuration of the (text) model that the bridge wraps: Hugging Face's, or the host's for native models."""
+    config: Any = getattr(model.original_model, "config", model.cfg)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def context_window(model: TransformerBridge) -> int | None:
     """The longest sequence that the model has positions for; None where it has no limit (ALiBi)."""
     config = text_config(model)
-    if not any(getattr(config, field, None) for field in ("max_position_embeddings", "n_positions")):
+    if not any(getattr(config, field, None) for field in ("max_position_embeddings", "n_positions", "n_ctx")):
         return None
     return int(model.cfg.n_ctx)
 

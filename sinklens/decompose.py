@@ -19,7 +19,7 @@ from sinklens.errors import BadInputError
 from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
 from sinklens.mean_inputs import gather_means
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import capabilities, refuse_half_precision, same_model
+from sinklens.proof import capabilities, refuse_half_precision, refuse_unless_softmax, same_model
 from sinklens.reference import DEFAULT_SEQUENCES, sinks_of
 from sinklens.score_terms import PARAMETERS
 from sinklens.selection import Layers, select
@@ -77,6 +77,7 @@ def decompose_sinks(
         UnsupportedModelError: queries and keys that cannot be rebuilt (MLA; the message says where they differ).
     """
     facts = capabilities(model)
+    refuse_unless_softmax(model, "decompose_sinks")
     refuse_half_precision(model, "scores are rebuilt")
     if (exact_heads is not None and exact_heads < 1) or (most_scored is not None and most_scored < 1):
         raise BadInputError("exact_heads and most_scored must be at least 1, or None for all")

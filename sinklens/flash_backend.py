@@ -275,7 +275,7 @@ def _delegated(attention: Any, state: Flash, layer: int, *args: Any, **kwargs: A
 def _found(model: TransformerBridge) -> _Host:
     attentions: list[Any] = [block.attn for block in model.blocks]
     components = [list(attention.original_component.modules()) for attention in attentions]
-    configs: list[Any] = [model.original_model.config]
+    configs: list[Any] = [getattr(model.original_model, "config", None)]
     configs += [getattr(module, "config", None) for modules in components for module in modules]
     unique = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
     return _Host(

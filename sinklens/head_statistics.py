@@ -35,7 +35,7 @@ from sinklens.forward import Forward
 from sinklens.importance import FAR
 from sinklens.kernels import Block, View, blocked, dense_scores, fused, fused_takes, grouped, without
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import Capabilities, capabilities
+from sinklens.proof import Capabilities, capabilities, refuse_unless_softmax
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.tokens import Tokens, as_tokens
@@ -133,6 +133,7 @@ def attention_statistics(
     """
     batch = as_tokens(model, tokens).to("cpu")
     facts = capabilities(model)
+    refuse_unless_softmax(model, "the margin")
     places = find_places(sinks)
     if places.learned or places.recent:
         raise BadInputError("attention_statistics is about tokens; sink_scores has a learned sink's mass")

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
 from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ _headless: WeakKeyDictionary[TransformerBridge, bool] = WeakKeyDictionary()
 
 
 def load_model(
-    name: str | os.PathLike[str] | PreTrainedModel | TransformerBridge | PlainModel,
+    name: str | os.PathLike[str] | PreTrainedModel | NativeModel | TransformerBridge | PlainModel,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
@@ -62,7 +63,8 @@ def load_model(
     Args:
         name: an embedded model (``sinklens models`` lists them), a local folder with safetensors, a ``.gguf``
             file (dequantised once into the cache), a Hugging Face hub id, a transformers model (it is wrapped in
-            place: its attention becomes eager), or an existing bridge or plain model (taken as it is).
+            place: its attention becomes eager), TransformerLens' native model (wrapped in place; lab models too), or
+            an existing bridge or plain model (taken as it is).
         device: where the weights go; default the host's choice (CUDA if there is one). Not for model objects.
         dtype: a floating torch dtype or its name, such as "bfloat16"; default float32, also for checkpoints stored in
             half precision. Not for model objects.
@@ -82,13 +84,17 @@ def load_model(
         UnsupportedModelError: attention that the proof refuses, with a bridge or, where none exists, without.
         SinklensError: an embedded model could not be fetched.
     """
-    if isinstance(name, (TransformerBridge, PlainModel, PreTrainedModel)):
+    if isinstance(name, (TransformerBridge, PlainModel, PreTrainedModel, NativeModel)):
         if any(option is not None for option in (device, dtype, device_map, max_memory, offload_folder)):
             raise BadInputError(
                 "device, dtype, device_map, max_memory and offload_folder are for models loaded by name; move the "
                 "object yourself"
             )
-        model = _wrap_object(name, tokenizer) if isinstance(name, PreTrainedModel) else name
+        model = name
+        if isinstance(name, NativeModel):
+            model = _native(name)
+        elif isinstance(name, PreTrainedModel):
+            model = _wrap_object(name, tokenizer)
     elif tokenizer is not None:
         raise BadInputError("tokenizer= goes with a transformers model object; a named model brings its own")
     else:
@@ -294,6 +300,17 @@ def _wrap_object(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
     if not hf.config.architectures:
         hf.config.architectures = [type(hf).__name__]
     return _wrap(hf, tokenizer, name, {})
+
+
+def _native(module: NativeModel) -> TransformerBridge:
+    """The host's bridge around its native model; a module may prepare the host's adapter itself."""
+    return build_bridge_from_module(
+        module,
+        "TransformerLensNative",
+        tl_config=module.cfg,
+        model_name=getattr(module, "name", "native"),
+        post_adapter_hook=getattr(module, "prepare_adapter", None),
+    )
 
 
 def _wrap(

@@ -22,7 +22,7 @@ from sinklens.flash_backend import Armed, hook_points, once, running
 from sinklens.flash_proof import unsupported
 from sinklens.forward import Forward
 from sinklens.kernels import View
-from sinklens.proof import capabilities
+from sinklens.proof import capabilities, refuse_unless_softmax
 
 BACKENDS = ("auto", "hooks", "flash")
 
@@ -132,6 +132,7 @@ def refuse_unless_editable(model: TransformerBridge, backend: str = "auto", *, v
     facts = capabilities(model)
     if backend not in BACKENDS:
         raise BadInputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    refuse_unless_softmax(model, "an edit of attention")
     reason = unsupported(model) if backend == "flash" or delegates(model) else ""
     if reason and backend == "flash":
         raise UnsupportedModelError(f"{facts.model}: the flash backend cannot run it: {reason}")

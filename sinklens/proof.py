@@ -27,6 +27,7 @@ from sinklens.attention import (
     context_window,
     declared_windows,
     learned_sink_logits,
+    text_config,
 )
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.offload import real_weights
@@ -70,6 +71,9 @@ class Capabilities:
         heads_first: ``hook_q``, ``hook_k``, ``hook_v`` are [batch, head, pos, d_head] (DeepSeek's MLA), not
             [batch, pos, head, d_head].
         z_is_pattern_v: ``hook_z`` equals ``pattern @ v`` (false where z is gated).
+        softmax: the pattern is the softmax of the scores (with the learned logit, where there is one); where the host
+            shows no scores, no row sums to more than 1.
+        shares: no row sums to more than 1, so that weights are shares.
         rows_sum_to_one: every attention row sums to 1.
         learned_sinks: a trained logit takes the rest of each row (gpt-oss).
     """
@@ -91,6 +95,8 @@ class Capabilities:
     z_edit: bool
     heads_first: bool
     z_is_pattern_v: bool
+    softmax: bool
+    shares: bool
     rows_sum_to_one: bool
     learned_sinks: bool
 
@@ -174,10 +180,8 @@ def prove(model: TransformerBridge) -> Capabilities:
         check_support(str(model.cfg.model_name), visible[layer], causal, windows[layer], layer)
     patterns = torch.stack([seen[attention_hook(layer, "hook_pattern")] for layer in layers])
     sums = patterns.double().sum(-1)
-    if (sums > 1 + 1e-2).any():
-        raise UnsupportedModelError(
-            f"{model.cfg.model_name}: attention rows sum to up to {sums.max():.3f}; this is no softmax attention"
-        )
+    shares = bool((sums < 1 + 1e-2).all())
+    softmax = shares and all(_is_softmax(model, seen, layer) for layer in layers)
     edit_layers = sorted({0, layers[-1]})
     return Capabilities(
         model=str(model.cfg.model_name),
@@ -197,6 +201,8 @@ def prove(model: TransformerBridge) -> Capabilities:
         z_edit=all(_edit_moves_output(model, ids, seen, "hook_z", layer) for layer in edit_layers),
         heads_first=_heads_first(seen),
         z_is_pattern_v=_z_is_pattern_v(seen),
+        softmax=softmax,
+        shares=shares,
         rows_sum_to_one=bool(((sums - 1).abs() < 1e-2).all()),
         learned_sinks=any(learned_sink_logits(model, layer) is not None for layer in layers),
     )
@@ -206,7 +212,7 @@ def _refuse_other_modalities(model: TransformerBridge) -> None:
     name = model.cfg.model_name
     if getattr(model.cfg, "is_visual_model", False) or getattr(model.cfg, "is_audio_model", False):
         raise UnsupportedModelError(f"{name} reads images or sound; sinklens works on models that read token ids")
-    if not hasattr(model, "blocks") or getattr(model.original_model.config, "is_encoder_decoder", False):
+    if not hasattr(model, "blocks") or getattr(text_config(model), "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{name} has no single stack of blocks (encoder-decoder or recurrent); sinklens works on decoders and "
             f"encoders with one stack"
@@ -329,6 +335,37 @@ def _prove_windows(model: TransformerBridge, windows: tuple[int | None, ...], ca
 def _scores_are_logits(seen: dict[str, Tensor], layer: int) -> bool:
     scores = seen.get(attention_hook(layer, "hook_attn_scores"))
     return scores is not None and not torch.equal(scores, seen[attention_hook(layer, "hook_pattern")])
+
+
+def _is_softmax(model: TransformerBridge, seen: dict[str, Tensor], layer: int) -> bool:
+    """Whether the pattern is the softmax of the scores that are shown beside it."""
+    if not _scores_are_logits(seen, layer):
+        return True
+    scores = seen[attention_hook(layer, "hook_attn_scores")].double()
+    learned = learned_sink_logits(model, layer)
+    if learned is not None:
+        rest = learned.detach().double().to(scores.device)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, rest], -1)
+    pattern = seen[attention_hook(layer, "hook_pattern")]
+    expected = scores.softmax(-1)[..., : pattern.shape[-1]]
+    tolerance = 1e-3 if pattern.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool((pattern - expected).abs().max() < tolerance)
+
+
+def refuse_unless_softmax(model: TransformerBridge, what: str) -> None:
+    """Raise UnsupportedModelError where attention is not the softmax that the partition takes apart.
+
+    Args:
+        model: the model.
+        what: the thing that rests on it, as the subject of a sentence.
+    """
+    facts = capabilities(model)
+    if not facts.softmax:
+        raise UnsupportedModelError(
+            f"{facts.model}: its attention is not a softmax over the tokens that it shows (rows may sum to anything, or "
+            f"a learned slot takes a share), and {what} rests on that. sink_scores, measure_mixing, trace_sinks on "
+            f"given sinks and edits of the residual stream work; sinklens.lab compares kinds of attention"
+        )
 
 
 def _heads_first(seen: dict[str, Tensor]) -> bool:

@@ -42,7 +42,7 @@ class SinkScores:
             count from each sequence's first unpadded token; NaN beyond its end.
         beta: far importance: the same over queries at least 16 tokens away; NaN with fewer than 32 of them.
         uniform: beta under uniform attention over the allowed keys.
-        learned_sink: mean attention that a learned sink logit takes (1 minus the row's sum), or None.
+        learned_sink: mean attention that a learned sink takes, a logit or a key (1 minus the row's sum), or None.
         tokens: the sequences.
         info: model, dtype, versions, capability record.
     """
@@ -286,10 +286,15 @@ def sink_scores(
         alpha=alpha,
         beta=beta,
         uniform=uniform,
-        learned_sink=rest if facts.learned_sinks else None,
+        learned_sink=rest if facts.learned_sinks or _has_slot(facts) else None,
         tokens=batch.to("cpu"),
         info=info,
     )
+
+
+def _has_slot(facts: Capabilities | PlainCapabilities) -> bool:
+    """Whether a learned key takes what is missing from each row (lab models with a K or KV bias)."""
+    return isinstance(facts, Capabilities) and facts.shares and not facts.rows_sum_to_one
 
 
 def _positions(given: int | Sequence[int] | None, batch: Tokens) -> tuple[int, ...] | None:

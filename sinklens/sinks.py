@@ -11,12 +11,12 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
 from sinklens.lives import activity as active_where
 from sinklens.plain import PlainModel
-from sinklens.proof import record, same_model
+from sinklens.proof import Capabilities, record, same_model
 from sinklens.residuals import direction_activity, wong_sequences
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.sinkmap import Sink, SinkMap, assemble
@@ -81,6 +81,12 @@ def find_sinks(
         norm_ratio, cosine,
     )  # fmt: skip
     batch = as_tokens(model, tokens)
+    facts = record(model)
+    if isinstance(facts, Capabilities) and not facts.shares:
+        raise UnsupportedModelError(
+            f"{facts.model}: its attention rows sum to more than 1, so that importance is no share and no threshold on it "
+            f"means anything; sinklens.lab measures sinks on relative weights, |A| / sum |A|"
+        )
     if scores is None:
         scores = sink_scores(model, batch, backend=backend, progress=progress)
     elif scores.alpha[:, 0, 0].isnan().sum() > scores.alpha[:, 0, 0].numel() - int(scores.tokens.lengths.sum()):

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.components import Component
 from sinklens.lives import activity
+from sinklens.proof import refuse_unless_softmax
 from sinklens.trace_result import WRITER, Traced
 from sinklens.trace_rows import Row, check_writing, run_rows
 
@@ -43,6 +44,7 @@ class Causes:
         loss: bool,
         seed: int,
     ) -> None:
+        refuse_unless_softmax(model, "what a replacement does to the margin (trace_sinks with causal=True)")
         self.model, self.own, self.extra, self.loss = model, own, extra, loss
         self.replacements, self.doses = tuple(replacements), tuple(doses)
         self.draw = torch.Generator().manual_seed(seed)

@@ -125,7 +125,8 @@ def check_scores(subject: Subject, parts: Parts) -> None:
     def one(backend: str, tokens: Tokens, positions: Any = None) -> Callable[[], float]:
         def measure() -> float:
             found = sink_scores(subject.model, tokens, backend=backend, positions=positions, progress=False)
-            rest = torch.zeros_like(naive[3]) if found.learned_sink is None else found.learned_sink
+            absent = torch.zeros_like(naive[3]) if subject.facts.shares else naive[3]
+            rest = absent if found.learned_sink is None else found.learned_sink
             kept = slice(None) if positions is None else list(positions)
             pairs = ((found.alpha[..., kept], naive[0][..., kept]), (found.beta[..., kept], naive[1][..., kept]))
             return max(*(gap(a, b) for a, b in pairs), gap(found.uniform, naive[2]), gap(rest, naive[3]))

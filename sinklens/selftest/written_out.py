@@ -9,7 +9,7 @@ the host's hooks and ``hook_z`` is replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from sinklens.attention import (
     grouped_by_head,
     learned_sink_logits,
     score_scale,
+    scored_points,
     value_bias,
 )
 from sinklens.flash_backend import Flash, switched
 from sinklens.flash_proof import unsupported
 from sinklens.kernels import View
 from sinklens.proof import capabilities
+from sinklens.selftest.kinds_written_out import kind_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class Layer:
         learned: a logit per head in the softmax; None without.
         bias: the value bias; None without.
         scale, softcap: ``s = cap(scale q.k)``.
+        other: the pattern of a kind of attention that is no softmax of these scores (lab models); None elsewhere.
     """
 
     q: Float[Tensor, "batch head query d"] | None
@@ -53,6 +56,7 @@ class Layer:
     bias: Float[Tensor, "head d_v"] | None
     scale: float
     softcap: float | None
+    other: Float[Tensor, "batch head query key"] | None = None
 
     @property
     def log_sum(self) -> Float[Tensor, "batch head query"]:
@@ -62,6 +66,8 @@ class Layer:
     @property
     def weights(self) -> Float[Tensor, "batch head query key"]:
         """The pattern."""
+        if self.other is not None:
+            return self.other
         return (self.scores - self.log_sum[..., None]).exp()
 
 
@@ -173,7 +179,7 @@ def _read_and_replace(model: TransformerBridge, edit: Edit, layers: list[Layer])
 
         return hook
 
-    def replace(n: int) -> Any:
+    def take_over(n: int) -> Any:
         def hook(z: Tensor, hook: Any) -> Tensor:
             def heads(point: str) -> Tensor:
                 x = seen[point]
@@ -182,7 +188,8 @@ def _read_and_replace(model: TransformerBridge, edit: Edit, layers: list[Layer])
                 return x.repeat_interleave(facts.n_heads // x.shape[1], 1)
 
             learned = learned_sink_logits(model, n)
-            q, k = (None, None) if facts.rope else (heads("hook_q"), heads("hook_k"))
+            scored = scored_points(facts.fires, facts.rope)
+            q, k = (None, None) if scored is None else (heads(scored[0]), heads(scored[1]))
             if facts.scores_are_logits:
                 scores = seen["hook_attn_scores"]
             else:  # the host reads patterns off behind z: GPT-Neo, whose scores have no scale
@@ -202,13 +209,20 @@ def _read_and_replace(model: TransformerBridge, edit: Edit, layers: list[Layer])
                     None,
                 )
             )
-            return edit(n, layers[-1]).transpose(1, 2).reshape(z.shape).to(z.dtype)
+            kind = kind_of(model, n, seen)
+            if kind is not None:
+                layers[-1] = replace(layers[-1], other=kind.pattern(layers[-1].scores))
+            made = edit(n, layers[-1])
+            if kind is not None:
+                made = kind.output(made, layers[-1].scores)
+            return made.transpose(1, 2).reshape(z.shape).to(z.dtype)
 
         return hook
 
     hooks: list[Any] = []
     for n in range(facts.n_layers):
-        points = ("hook_q", "hook_k", "hook_v", "hook_attn_scores")
+        points = ["hook_in", "hook_q", "hook_k", "hook_v", "hook_attn_scores"]
+        points += [point for point in ("hook_rot_q", "hook_rot_k") if point in facts.fires]
         hooks += [(attention_hook(n, point), keep(point)) for point in points]
-        hooks.append((attention_hook(n, "hook_z"), replace(n)))
+        hooks.append((attention_hook(n, "hook_z"), take_over(n)))
     return hooks
