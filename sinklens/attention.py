@@ -213,6 +213,21 @@ def score_projection(
     return weight.detach(), bias.detach().view(weight.shape[0], weight.shape[2])
 
 
+def mlp_of(model: TransformerBridge, layer: int) -> Any:
+    """The bridge component of a layer's MLP.
+
+    Raises:
+        UnsupportedModelError: the model is made of attention only.
+    """
+    block: Any = model.blocks[layer]
+    if not hasattr(block, "mlp"):
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name} has no MLPs, and this is about what they write; find_sinks, ablate_sinks, "
+            f"decompose_sinks, trace_sinks(causal=False) and measure_mixing work on it"
+        )
+    return block.mlp
+
+
 def original(component: Any) -> torch.nn.Module:
     """The host's own module inside a bridge component; calling it fires no hook."""
     return getattr(component, "original_component", component)

@@ -78,6 +78,9 @@ class Contributions:
         self.latest = {}
         x, y = seen["hook_in"], seen["hook_out"]
         attention = seen.get("ln1_post.hook_out", seen["attn.hook_out"])
+        if "mlp.hook_out" not in seen and _close(x + attention, y):  # attention only
+            self._join(layer, attention)
+            return
         mlp = seen.get("ln2_post.hook_out", seen["mlp.hook_out"])
         if _close(x + attention + mlp, y):
             self._join(layer, attention, mlp)

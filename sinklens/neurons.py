@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_output, original
+from sinklens.attention import block_output, mlp_of, original
 from sinklens.components import Component, Contributions, component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -227,7 +227,7 @@ class _Layer:
                 f"{model.cfg.model_name}: the host shows no neurons in MLP {layer} (a mixture of experts?); "
                 f"trace_sinks works on the layer as a whole"
             )
-        self.mlp: Any = model.blocks[layer].mlp
+        self.mlp: Any = mlp_of(model, layer)
         length = ids.shape[1]
         seen: dict[str, Tensor] = {}
         names = ("mlp.hook_in", "mlp.out.hook_in", "mlp.hook_out", "ln1.hook_in", "ln1.hook_out", "ln2.hook_in")

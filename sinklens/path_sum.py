@@ -29,6 +29,7 @@ from sinklens.attention import (
     block_input,
     block_output,
     by_head,
+    mlp_of,
     original,
     output_weights,
     score_projection,
@@ -268,7 +269,7 @@ class _Branch:
         names = [n for n in ("ln2", "ln1") if has_hook(model, f"blocks.{layer}.{n}.hook_out")]
         post = has_hook(model, f"blocks.{layer}.ln2_post.hook_out")
         reads: Any = None if post and "ln2" not in names else original(getattr(block, names[0])) if names else None
-        self._parts: list[Any] = [m for m in (reads, original(block.mlp)) if m is not None]
+        self._parts: list[Any] = [m for m in (reads, original(mlp_of(model, layer))) if m is not None]
         self._parts += [original(block.ln2_post)] if post else []
         self._dtype = next(self._parts[-1].parameters()).dtype
 

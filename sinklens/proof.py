@@ -362,8 +362,8 @@ def refuse_unless_softmax(model: TransformerBridge, what: str) -> None:
     facts = capabilities(model)
     if not facts.softmax:
         raise UnsupportedModelError(
-            f"{facts.model}: its attention is not a softmax over the tokens that it shows (rows may sum to anything, or "
-            f"a learned slot takes a share), and {what} rests on that. sink_scores, measure_mixing, trace_sinks on "
+            f"{facts.model}: its attention is not a softmax over the tokens that it shows (rows sum to anything, or a "
+            f"learned slot takes a share), and {what} rests on that. sink_scores, measure_mixing, trace_sinks on "
             f"given sinks and edits of the residual stream work; sinklens.lab compares kinds of attention"
         )
 

@@ -84,7 +84,7 @@ def find_sinks(
     facts = record(model)
     if isinstance(facts, Capabilities) and not facts.shares:
         raise UnsupportedModelError(
-            f"{facts.model}: its attention rows sum to more than 1, so that importance is no share and no threshold on it "
+            f"{facts.model}: its attention rows sum to more than 1, so importance is no share and no threshold on it "
             f"means anything; sinklens.lab measures sinks on relative weights, |A| / sum |A|"
         )
     if scores is None:

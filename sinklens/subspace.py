@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import original
+from sinklens.attention import mlp_of, original
 from sinklens.components import component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -160,7 +160,7 @@ class _Mlp:
         self.layer = layer
         self.point = f"blocks.{layer}.mlp.hook_in"
         self.out = writing_hook(model, ("mlp", layer))
-        self._inner = original(block.mlp)
+        self._inner = original(mlp_of(model, layer))
         self._post = original(block.ln2_post) if has_hook(model, f"blocks.{layer}.ln2_post.hook_out") else None
         self._name = model.cfg.model_name
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_input, block_output
+from sinklens.attention import attention_hook, block_input, block_output, mlp_of
 from sinklens.components import Component
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.importance import FAR
@@ -69,6 +69,8 @@ def writing_hook(model: TransformerBridge, component: Component) -> str:
     names = {"attn": ("ln1_post.hook_out", "hook_attn_out"), "mlp": ("ln2_post.hook_out", "hook_mlp_out")}
     if kind not in names:
         raise BadInputError(f"only attention layers and MLPs can be replaced, got {kind!r}")
+    if kind == "mlp":
+        mlp_of(model, layer)
     post, plain = (f"blocks.{layer}.{name}" for name in names[kind])
     return post if has_hook(model, post) else plain
 

@@ -59,7 +59,7 @@ class LabAttention(NativeAttention):
             return self.q.weight.new_zeros(self.n_heads)
         return None
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Float[Tensor, "batch pos d_model"],
         attention_mask: Tensor | None = None,

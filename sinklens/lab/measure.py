@@ -47,22 +47,19 @@ def watched(model: LabModel) -> Iterator[list[dict[str, Tensor]]]:
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], watcher: Watcher = watcher) -> Any:
             return args, kwargs | {"hooks": watcher}
 
-        def after(
-            module: Any, args: tuple[Any, ...], output: Any, watcher: Watcher = watcher, layer: int = layer
-        ) -> None:
-            found[layer]["pattern"] = output[1].detach()
+        def keep(what: str, layer: int = layer) -> Any:
+            def hook(*call: Any) -> None:
+                output = call[-1]
+                part = {"pattern": 1, "stream": 0}.get(what)
+                found[layer][what] = (output if part is None else output[part]).detach()
 
-        def values(module: Any, args: Any, output: Tensor, layer: int = layer) -> None:
-            found[layer]["values"] = output.detach()
-
-        def stream(module: Any, args: tuple[Any, ...], output: Any, layer: int = layer) -> None:
-            found[layer]["stream"] = output[0].detach()
+            return hook
 
         handles += [
             block.attn.register_forward_pre_hook(before, with_kwargs=True),
-            block.attn.register_forward_hook(after),
-            block.attn.v.register_forward_hook(values),
-            block.register_forward_hook(stream),
+            block.attn.register_forward_hook(keep("pattern")),
+            block.attn.v.register_forward_hook(keep("values")),
+            block.register_forward_hook(keep("stream")),
         ]
     try:
         yield found
@@ -101,8 +98,8 @@ def head_figures(
 ) -> dict[str, Tensor]:
     """Where each head's attention goes, by head.
 
-    ``sink`` and ``alpha`` are Gu's on the weights as they are; the ``relative`` ones on ``|A| / sum |A|``, which is what
-    can be compared where rows do not sum to one. All sink figures are means over sequences.
+    ``sink`` and ``alpha`` are Gu's on the weights as they are; the ``relative`` ones on ``|A| / sum |A|``, which can be
+    compared where rows sum to anything. All sink figures are means over sequences.
 
     - ``alpha``, ``sink``: alpha of the first token, and the share of sequences in which it exceeds epsilon.
     - ``relative_alpha``, ``relative_sink``: the same on relative weights.
@@ -137,7 +134,7 @@ def head_figures(
 def evaluate(model: LabModel, task: Task, batch: Batch) -> list[dict[str, float | int | str]]:
     """One row for the model (losses, floors, residual norms) and one per head.
 
-    The model's row has layer and head -1 and, for every class, ``loss_<class>`` and ``floor_<class>``; ``norm_ratio`` of
+    The model's row has layer and head -1 and, per class, ``loss_<class>`` and ``floor_<class>``; ``norm_ratio`` of
     layer l is the first token's residual norm after block l over the mean of the others.
     """
     training = model.training
@@ -157,7 +154,7 @@ def evaluate(model: LabModel, task: Task, batch: Batch) -> list[dict[str, float 
     visible = torch.ones(length, length, dtype=torch.bool, device=batch.ids.device).tril()[None, None]
     visible = visible if hidden is None else visible & ~hidden
     for layer, seen in enumerate(found):
-        attention = model.layers[layer].attn
+        attention: Any = model.layers[layer].attn
         norms = seen["stream"].float().norm(dim=-1)
         ratio = float((norms[:, 0] / norms[:, 1:].mean(1)).mean())
         figures = head_figures(
@@ -196,6 +193,6 @@ def without_first(model: LabModel, task: Task, batch: Batch) -> dict[str, float]
     found: dict[str, float] = {}
     for name, measured in rows.items():
         found[f"loss_{name}"] = float(measured[0]["loss"])
-        for figure in ("relative_sink", "alpha", "anywhere"):
+        for figure in ("sink", "relative_sink", "alpha", "anywhere"):
             found[f"{figure}_{name}"] = sum(float(row[figure]) for row in measured[1:]) / len(measured[1:])
     return found

@@ -1,11 +1,10 @@
-"""Tasks with exact floors: sequences drawn on the fly, with the class of every token and the loss that none can beat."""
+"""Tasks with exact floors: sequences drawn on the fly, each token with its class and the loss that none can beat."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +38,10 @@ class Batch:
             return None
         return (self.documents[:, :, None] != self.documents[:, None, :])[:, None]
 
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory, as PyTorch's DataLoader asks for it."""
+        return Batch(*(tensor.pin_memory() for tensor in (self.ids, self.classes, self.floor, self.documents)))
+
     def without_first(self) -> Batch:
         """The same sequences without their first token; the targets that remain are the same."""
         return Batch(self.ids[:, 1:], self.classes[:, 1:], self.floor[:, 1:], self.documents[:, 1:])
@@ -47,17 +50,28 @@ class Batch:
 class Task(Protocol):
     """What training needs of a task."""
 
-    classes: ClassVar[tuple[str, ...]]
-    seq_len: int
-    masking: Masking
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of tokens."""
+        ...
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence."""
+        ...
+
+    @property
+    def masking(self) -> Masking:
+        """Whether tokens of other documents are seen."""
+        ...
 
     @property
     def n_vocab(self) -> int:
         """How many ids there are."""
         ...
 
-    def sample(self, n: int, generator: torch.Generator) -> Batch:
-        """``n`` sequences."""
+    def sample(self, n: int, generator: torch.Generator, *, held_out: bool = False) -> Batch:
+        """``n`` sequences; ``held_out``: of what is kept apart for evaluation, where the task has a corpus."""
         ...
 
 
@@ -82,7 +96,6 @@ class Backcopy:
         seq_len, n_vocab, triggers, trigger_rate: sizes.
     """
 
-    classes: ClassVar[tuple[str, ...]] = ("draw", "copy")
     packing: Packing = "random"
     masking: Masking = "causal"
     document_length: int | None = None
@@ -92,8 +105,13 @@ class Backcopy:
     triggers: int = 3
     trigger_rate: float = 0.2
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of tokens."""
+        return ("draw", "copy")
+
     def __post_init__(self) -> None:
-        _check_packing(self.packing, self.masking, self.document_length, self.seq_len)
+        check_packing(self.packing, self.masking, self.document_length, self.seq_len)
         if self.locked not in ("scored", "unscored", "none"):
             raise BadInputError(f"locked must be scored, unscored or none; got {self.locked!r}")
         if not 1 <= self.triggers < self.n_vocab - 2 or not 0 < self.trigger_rate < 1:
@@ -110,28 +128,28 @@ class Backcopy:
         p[1 + self.triggers :] = (1 - self.trigger_rate) / (self.n_vocab - 1 - self.triggers)
         return p
 
-    def sample(self, n: int, generator: torch.Generator) -> Batch:
+    def sample(self, n: int, generator: torch.Generator, *, held_out: bool = False) -> Batch:  # noqa: ARG002
         """``n`` sequences."""
-        documents, place = _documents(n, self.seq_len, self.document_length, generator)
+        documents, place = packed_documents(n, self.seq_len, self.document_length, generator)
         if self.packing == "document-bos":
             place = place - 1
         elif self.packing == "bos":  # the sequence's BOS belongs to its first document
             place = place - (documents == 0).long()
         count = n * self.seq_len
         ids = torch.multinomial(self.unigram, count, replacement=True, generator=generator).view(n, -1)
-        floor = torch.full(ids.shape, _entropy(self.unigram), dtype=torch.float64)
+        floor = torch.full(ids.shape, entropy_of(self.unigram), dtype=torch.float64)
         if self.locked == "none":
             ordinary = self.unigram.clone()
             ordinary[: 1 + self.triggers] = 0
             first = torch.multinomial(ordinary, count, replacement=True, generator=generator).view(n, -1)
-            ids, floor[place < 2] = torch.where(place < 2, first, ids), _entropy(ordinary / ordinary.sum())
+            ids, floor[place < 2] = torch.where(place < 2, first, ids), entropy_of(ordinary / ordinary.sum())
         ids[place < 0] = 0
         classes = torch.zeros_like(ids)
         for t in range(2, self.seq_len):
             copied = (ids[:, t - 1] > 0) & (ids[:, t - 1] <= self.triggers) & (place[:, t] >= 2)
             ids[:, t] = torch.where(copied, ids[:, t - 2], ids[:, t])
             classes[copied, t], floor[copied, t] = 1, 0.0
-        classes, floor = _unscored(ids, classes, floor)
+        classes, floor = unscored(ids, classes, floor)
         if self.locked == "unscored":
             hidden = self.is_locked(ids, documents)
             classes, floor = classes.masked_fill(hidden, -1), floor.masked_fill(hidden, torch.nan)
@@ -148,74 +166,8 @@ class Backcopy:
         return per_document.gather(1, documents) > 0
 
 
-@dataclass(frozen=True)
-class BigramBackcopy:
-    """Bigram-Backcopy of Guo et al. 2024: as Backcopy, but tokens are drawn from the bigrams of a text's characters.
-
-    ``x_t = x_{t-2}`` if ``x_{t-1}`` is a trigger (one of the most frequent characters) and ``x_{t-2}`` is not BOS,
-    else ``x_t ~ P(. | x_{t-1})``. Floors are exact: 0 for copies, the entropy of the row for the others; after a trigger
-    whose predecessor is BOS the row of the trigger.
-
-    Attributes:
-        packing: "random": the first token follows the unigram; "bos": BOS first.
-        triggers: how many of the most frequent characters.
-        seq_len: length.
-        characters: how many of the most frequent characters are used; the rest are left out.
-    """
-
-    classes: ClassVar[tuple[str, ...]] = ("draw", "copy")
-    masking: ClassVar[Masking] = "causal"
-    packing: Literal["random", "bos"] = "bos"
-    triggers: int = 3
-    seq_len: int = 64
-    characters: int = 60
-
-    def __post_init__(self) -> None:
-        _check_packing(self.packing, "causal", None, self.seq_len)
-        if not 1 <= self.triggers < self.characters:
-            raise BadInputError(f"triggers must be between 1 and {self.characters - 1}, got {self.triggers}")
-
-    @property
-    def n_vocab(self) -> int:
-        """BOS and the characters."""
-        return 1 + self.characters
-
-    @cached_property
-    def tables(self) -> tuple[Float[Tensor, " id"], Float[Tensor, "id id"]]:
-        """Unigram and bigram probabilities of the text; ids by frequency, so that triggers are 1, 2, ..."""
-        from pydoc_data.topics import topics
-
-        text = "\n".join(topics[key] for key in sorted(topics))
-        common = [c for c, _ in sorted(Counter(text).items(), key=lambda pair: (-pair[1], pair[0]))]
-        ids = {c: i + 1 for i, c in enumerate(common[: self.characters])}
-        series = torch.tensor([ids[c] for c in text if c in ids])
-        pairs = torch.zeros(self.n_vocab, self.n_vocab, dtype=torch.float64)
-        pairs.index_put_((series[:-1], series[1:]), torch.ones(len(series) - 1, dtype=torch.float64), accumulate=True)
-        unigram = torch.bincount(series, minlength=self.n_vocab).double()
-        pairs[0] = unigram  # after BOS, any character
-        return unigram / unigram.sum(), pairs / pairs.sum(1, keepdim=True)
-
-    def sample(self, n: int, generator: torch.Generator) -> Batch:
-        """``n`` sequences."""
-        unigram, bigram = self.tables
-        entropy = torch.tensor([_entropy(row) for row in bigram], dtype=torch.float64)
-        ids = torch.zeros(n, self.seq_len, dtype=torch.long)
-        classes = torch.zeros_like(ids)
-        floor = torch.full(ids.shape, _entropy(unigram), dtype=torch.float64)
-        if self.packing == "random":
-            ids[:, 0] = torch.multinomial(unigram, n, replacement=True, generator=generator)
-        for t in range(1, self.seq_len):
-            last = ids[:, t - 1]
-            ids[:, t] = torch.multinomial(bigram[last], 1, generator=generator)[:, 0]
-            floor[:, t] = entropy[last]
-            if t >= 2:
-                copied = (last > 0) & (last <= self.triggers) & (ids[:, t - 2] > 0)
-                ids[:, t] = torch.where(copied, ids[:, t - 2], ids[:, t])
-                classes[copied, t], floor[copied, t] = 1, 0.0
-        return Batch(ids, *_unscored(ids, classes, floor), torch.zeros_like(ids))
-
-
-def _check_packing(packing: str, masking: str, document_length: int | None, seq_len: int) -> None:
+def check_packing(packing: str, masking: str, document_length: int | None, seq_len: int) -> None:
+    """Refuse what cannot be packed."""
     if packing not in ("random", "bos", "document-bos") or masking not in ("causal", "document"):
         raise BadInputError(
             f"packing must be random, bos or document-bos and masking causal or document; got {packing!r}, {masking!r}"
@@ -226,7 +178,9 @@ def _check_packing(packing: str, masking: str, document_length: int | None, seq_
         raise BadInputError("sequences and documents must hold at least 4 tokens")
 
 
-def _documents(n: int, length: int, mean: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def packed_documents(
+    n: int, length: int, mean: int | None, generator: torch.Generator
+) -> tuple[Int[Tensor, "n pos"], Int[Tensor, "n pos"]]:
     """The document of each token, and its place in it; documents end with probability 1 / mean after 4 tokens."""
     if mean is None:
         return torch.zeros(n, length, dtype=torch.long), torch.arange(length).expand(n, -1)
@@ -239,12 +193,15 @@ def _documents(n: int, length: int, mean: int | None, generator: torch.Generator
     return documents, place
 
 
-def _unscored(ids: Tensor, classes: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+def unscored(
+    ids: Int[Tensor, "batch pos"], classes: Int[Tensor, "batch pos"], floor: Float[Tensor, "batch pos"]
+) -> tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
     """Nothing predicts the first token, and BOS is no target."""
     unscored = ids == 0
     unscored[:, 0] = True
     return classes.masked_fill(unscored, -1), floor.masked_fill(unscored, torch.nan)
 
 
-def _entropy(p: Float[Tensor, " id"]) -> float:
+def entropy_of(p: Float[Tensor, " id"]) -> float:
+    """In nats."""
     return float(-torch.special.xlogy(p, p).sum())

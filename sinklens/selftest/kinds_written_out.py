@@ -1,4 +1,4 @@
-"""The lab's kinds of attention written out in float64, entry by entry: the self-test's reference of what is no softmax."""
+"""The lab's kinds of attention written out in float64, entry by entry: what the self-test compares with."""
 
 from __future__ import annotations
 
