@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.errors import BadInputError
-from sinklens.lab.tasks import Batch, Masking, check_packing, entropy_of, unscored
+from sinklens.lab.tasks import Batch, check_packing, entropy_of, unscored
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class BigramBackcopy:
         characters: how many of the most frequent characters are used; the rest are left out.
     """
 
-    packing: Literal["random", "bos"] = "bos"
+    packing: str = "bos"
     triggers: int = 3
     seq_len: int = 64
     characters: int = 60
@@ -42,7 +41,7 @@ class BigramBackcopy:
         return ("draw", "copy")
 
     @property
-    def masking(self) -> Masking:
+    def masking(self) -> str:
         """One document per sequence."""
         return "causal"
 
@@ -121,7 +120,7 @@ class Recall:
         return ("draw", "recall")
 
     @property
-    def masking(self) -> Masking:
+    def masking(self) -> str:
         """One document per sequence."""
         return "causal"
 

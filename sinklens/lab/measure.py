@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from sinklens.lab.attention import LabAttention
 from sinklens.lab.model import LabModel
-from sinklens.lab.tasks import Batch, Masking, Task
+from sinklens.lab.tasks import Batch, Task
 
 EPSILON = 0.3
 
@@ -68,7 +68,7 @@ def watched(model: LabModel) -> Iterator[list[dict[str, Tensor]]]:
             handle.remove()
 
 
-def token_losses(model: LabModel, batch: Batch, masking: Masking = "causal") -> Float[Tensor, "batch pos"]:
+def token_losses(model: LabModel, batch: Batch, masking: str = "causal") -> Float[Tensor, "batch pos"]:
     """Loss in nats of predicting each token; 0 at unscored ones (look at ``batch.classes``)."""
     logits = model(batch.ids, attention_mask=batch.hidden(masking))
     losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.ids[:, 1:].flatten(), reduction="none")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -43,9 +42,9 @@ class ModelConfig:
     d_head: int | None = None
     d_mlp: int | None = None
     n_kv_heads: int | None = None
-    norm: Literal["rms", "layer", "none"] = "rms"
-    mlp: Literal["swiglu", "geglu", "gelu", "relu", "none"] = "swiglu"
-    position: Literal["learned", "rope", "none"] = "learned"
+    norm: str = "rms"
+    mlp: str = "swiglu"
+    position: str = "learned"
     n_ctx: int = 64
     n_vocab: int = 64
     bias_scale: float = 20.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from sinklens.errors import BadInputError
 
@@ -42,7 +41,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     workers: int = 0
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: str = "float32"
     compile: bool = False
     threads: int = 1
 

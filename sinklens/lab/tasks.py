@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinklens.errors import BadInputError
-
-Packing = Literal["random", "bos", "document-bos"]
-Masking = Literal["causal", "document"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Batch:
     floor: Float[Tensor, "batch pos"]
     documents: Int[Tensor, "batch pos"]
 
-    def hidden(self, masking: Masking) -> Bool[Tensor, "batch 1 pos pos"] | None:
+    def hidden(self, masking: str) -> Bool[Tensor, "batch 1 pos pos"] | None:
         """Pairs of different documents, where those must not see each other: True hides."""
         if masking == "causal":
             return None
@@ -47,6 +44,7 @@ class Batch:
         return Batch(self.ids[:, 1:], self.classes[:, 1:], self.floor[:, 1:], self.documents[:, 1:])
 
 
+@runtime_checkable
 class Task(Protocol):
     """What training needs of a task."""
 
@@ -61,7 +59,7 @@ class Task(Protocol):
         ...
 
     @property
-    def masking(self) -> Masking:
+    def masking(self) -> str:
         """Whether tokens of other documents are seen."""
         ...
 
@@ -96,10 +94,10 @@ class Backcopy:
         seq_len, n_vocab, triggers, trigger_rate: sizes.
     """
 
-    packing: Packing = "random"
-    masking: Masking = "causal"
+    packing: str = "random"
+    masking: str = "causal"
     document_length: int | None = None
-    locked: Literal["scored", "unscored", "none"] = "scored"
+    locked: str = "scored"
     seq_len: int = 64
     n_vocab: int = 64
     triggers: int = 3

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from sinklens.corpora import read_corpus
 from sinklens.embedded import CATALOGUE, fetch
 from sinklens.errors import BadInputError
-from sinklens.lab.tasks import Batch, Masking, Packing
+from sinklens.lab.tasks import Batch
 from sinklens.results import atomic_path
 
 BYTES = 257  # id 0 is BOS, id b + 1 the byte b
@@ -44,8 +44,8 @@ class Text:
 
     source: str = "python-docs"
     tokenizer: str = "bytes"
-    packing: Packing = "bos"
-    masking: Masking = "causal"
+    packing: str = "bos"
+    masking: str = "causal"
     seq_len: int = 256
     bos: int = 0
     n_ids: int | None = None
