@@ -170,6 +170,12 @@ def prove(model: TransformerBridge) -> Capabilities:
     """Run the proof. Cost: two short forwards, three partial ones, and one partial forward per window probed."""
     _refuse_other_modalities(model)
     check_finite_weights(model.original_model)
+    context = context_window(model)
+    if context is not None and context < PROBE_LENGTH:
+        raise UnsupportedModelError(
+            f"{model.cfg.model_name} reads {context} tokens at most, fewer than the {PROBE_LENGTH} of the proof; build "
+            f"it with a longer context"
+        )
     windows = declared_windows(model)
     layers = range(model.cfg.n_layers)
     ids = _probe_ids(model, PROBE_LENGTH)

@@ -13,7 +13,7 @@ from sinklens.lab import KINDS, LabModel, ModelConfig
 from sinklens.lab.kinds import weights
 from sinklens.lab.measure import Watcher, evaluate, head_figures, watched
 from sinklens.lab.study import LabConfig
-from sinklens.lab.train import evaluation_batch
+from sinklens.lab.training import evaluation_batch
 from sinklens.self_test import CHECKS, check_model
 
 SLOTS = [name for name, kind in KINDS.items() if kind.slot != "none"]
@@ -205,6 +205,8 @@ def test_the_hosts_own_native_models_load() -> None:
     bridge = sl.load_model(boot(shape))
     scores = sl.sink_scores(bridge, torch.randint(0, 50, (2, 60)), progress=False)
     assert float(scores.alpha[:, :, :, 0].min()) > 0
+    with pytest.raises(sl.UnsupportedModelError, match="longer context"):
+        sl.load_model(boot(shape | {"n_ctx": 20}))
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "kv_bias"])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sinklens.lab.study import LabConfig, Study, read_study, studies
     from sinklens.lab.tasks import Backcopy, Batch
     from sinklens.lab.text import Text, write_tokens
-    from sinklens.lab.train import Training, train
+    from sinklens.lab.training import Training, train
 
 _HOMES = {
     "AttentionKind": "kinds",
@@ -42,7 +42,7 @@ _HOMES = {
     "Study": "study",
     "Text": "text",
     "TrainConfig": "schedule",
-    "Training": "train",
+    "Training": "training",
     "compare": "comparison",
     "load_lab_model": "run",
     "load_runs": "run",
@@ -50,7 +50,7 @@ _HOMES = {
     "run_study": "run",
     "save_lab_model": "run",
     "studies": "study",
-    "train": "train",
+    "train": "training",
     "write_tokens": "text",
 }
 

@@ -76,6 +76,8 @@ def _square(model: TransformerBridge, ids: Int[Tensor, "batch pos"]) -> dict[str
 
 def _heads(model: TransformerBridge, ids: Int[Tensor, "batch pos"]) -> list[dict[str, Any]]:
     anatomy = sink_anatomy(model, find_sinks(model, ids, progress=False), progress=False)
+    if anatomy.heads.empty:
+        return []
     first = anatomy.heads[anatomy.heads["position"] == 0]
     ratios = first.groupby(["layer", "head"])["ov_ratio"].mean().to_dict()
     return [

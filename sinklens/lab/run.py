@@ -19,7 +19,7 @@ from sinklens.lab.measure import without_first
 from sinklens.lab.model import LabModel
 from sinklens.lab.study import LabConfig, Study, config_of, read_study
 from sinklens.lab.tasks import Batch
-from sinklens.lab.train import CHECKPOINT, evaluation_batch, moved, train
+from sinklens.lab.training import CHECKPOINT, evaluation_batch, moved, train
 from sinklens.models import load_model
 from sinklens.results import load_tensors, save_tensors, write_text
 

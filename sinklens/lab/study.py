@@ -17,6 +17,7 @@ from sinklens.lab.model import ModelConfig
 from sinklens.lab.schedule import TrainConfig
 from sinklens.lab.tasks import Backcopy
 from sinklens.lab.text import Text
+from sinklens.proof import PROBE_LENGTH
 
 TASKS: dict[str, Any] = {task.__name__: task for task in (Backcopy, BigramBackcopy, Recall, Text)}
 AnyTask = Backcopy | BigramBackcopy | Recall | Text
@@ -37,8 +38,8 @@ class LabConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def fitted(self) -> ModelConfig:
-        """The model's shape with the task's sizes."""
-        return replace(self.model, n_vocab=self.task.n_vocab, n_ctx=self.task.seq_len)
+        """The model's shape with the task's sizes (and room for the proof's probe)."""
+        return replace(self.model, n_vocab=self.task.n_vocab, n_ctx=max(self.task.seq_len, PROBE_LENGTH))
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML holds it."""
@@ -157,7 +158,8 @@ def _made(kind: Any, values: dict[str, Any], label: str) -> Any:
         wanted = (int, float) if type(default) is float else type(default)
         if not isinstance(value, wanted) or (isinstance(value, bool) and type(default) is not bool):
             raise BadInputError(f"{label}: {name} must be {type(default).__name__}, got {value!r}")
+    floats = {name for name, value in known.items() if type(value.default) is float}
     try:
-        return kind(**values)
+        return kind(**{name: float(value) if name in floats else value for name, value in values.items()})
     except TypeError as error:
         raise BadInputError(f"{label}: {error}") from error
