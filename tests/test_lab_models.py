@@ -11,7 +11,7 @@ from torch import Tensor
 import sinklens as sl
 from sinklens.lab import KINDS, LabModel, ModelConfig
 from sinklens.lab.kinds import weights
-from sinklens.lab.measure import Watcher, evaluate, head_figures, watched
+from sinklens.lab.measure import Watcher, evaluate, head_figures, watched, without_first
 from sinklens.lab.study import LabConfig
 from sinklens.lab.training import evaluation_batch
 from sinklens.self_test import CHECKS, check_model
@@ -84,13 +84,14 @@ def test_fused_attention_equals_the_written_one_with_padding_and_documents(kind:
     padding[1, 15:] = 0
     documents = (torch.arange(20) // 7)[None].expand(3, -1)
     other = (documents[:, :, None] != documents[:, None, :])[:, None]
-    for mask in (None, padding, other):
+    left = torch.ones_like(ids)
+    left[2, :6] = 0
+    for mask in (None, padding, other, left):
         with torch.no_grad():
             fused = model(ids, attention_mask=mask)
             with watched(model) as seen:
                 written = model(ids, attention_mask=mask)
-        real = padding.bool() if mask is padding else torch.ones_like(padding, dtype=torch.bool)
-        assert torch.allclose(fused[real], written[real], atol=2e-5)
+        assert torch.allclose(fused, written, atol=2e-5)
         pattern = seen[0]["pattern"]
         assert (pattern.triu(1) == 0).all()
         if mask is other:
@@ -239,6 +240,25 @@ def test_figures_of_heads_follow_their_definitions(kind: str) -> None:
         assert float(found["slot_mass"][h]) == pytest.approx(sum(rest) / 4 if slot is not None else 0)
         ratio = [float(written[b, h, 0] / written[b, h, 1:].mean()) for b in range(4)]
         assert float(found["value_ratio"][h]) == pytest.approx(sum(ratio) / 4)
+
+
+def test_leaving_the_first_token_out_compares_the_same_targets() -> None:
+    config = LabConfig()
+    model = LabModel(config.fitted(), seed=3)
+    batch = evaluation_batch(config)
+    found = without_first(model, config.task, batch)
+    with torch.no_grad():
+        inputs = {"with": batch.ids, "without": batch.ids[:, 1:]}
+        for name, ids in inputs.items():
+            logs = model(ids).double().log_softmax(-1)
+            offset = 64 - ids.shape[1]
+            losses = [
+                -float(logs[b, t - offset - 1, batch.ids[b, t]])
+                for b in range(len(ids))
+                for t in range(2, 64)
+                if not (t == 2 and batch.classes[b, t] == 1)  # its source is the token that is left out
+            ]
+            assert found[f"loss_{name}"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def test_figures_agree_with_the_packages_own_scores() -> None:

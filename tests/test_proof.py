@@ -11,7 +11,7 @@ from architectures import SCORED, build, build_pair
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.proof import check_finite_weights, prove
+from sinklens.proof import _records, check_finite_weights, prove
 
 # causal, rope, pattern edit, scores are logits, learned sinks, KV heads, windows
 EXPECTED = {
@@ -109,11 +109,22 @@ def test_attention_where_none_is_declared_is_found() -> None:
         prove(model)
 
 
-def test_rows_that_sum_to_more_than_one_are_refused() -> None:
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_what_is_no_softmax_is_recorded_and_edits_of_it_are_refused(factor: float) -> None:
     _, model = build_pair("llama")
-    model.add_hook("blocks.0.attn.hook_pattern", lambda p, hook: 2 * p)
-    with pytest.raises(sl.UnsupportedModelError, match="rows sum to up to 2.0"):
-        prove(model)
+    assert prove(model).softmax
+    model.add_hook("blocks.0.attn.hook_pattern", lambda p, hook: factor * p, is_permanent=True)
+    _records.pop(model, None)  # proven when it was built
+    facts = sl.capabilities(model)
+    assert not facts.softmax
+    assert facts.shares == (factor < 1)
+    with pytest.raises(sl.UnsupportedModelError, match="not a softmax"):
+        sl.ablate_sinks(model, [0])
+    ids = torch.arange(2, 42)[None]
+    if factor > 1:
+        with pytest.raises(sl.UnsupportedModelError, match="sum to more than 1"):
+            sl.find_sinks(model, ids)
+    assert sl.sink_scores(model, ids).alpha[0, 0, 0, 0] > 0
 
 
 def test_models_without_a_stack_of_blocks_are_refused_with_the_reason() -> None:
