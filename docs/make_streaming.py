@@ -68,8 +68,8 @@ def write(store: Path) -> None:
     """Put the tables of all finished pieces into docs/findings.md, at its end."""
     parts = [
         "# Sinks in a rolling cache",
-        f"Written by `python docs/make_streaming.py` on {date.today()}, sinklens {sl.__version__}. StreamingLLM's cache "
-        f"({PUBLISHED}): some tokens that stay and the N most recent ones, positions counted in the cache "
+        f"Written by `python docs/make_streaming.py` on {date.today()}, sinklens {sl.__version__}. StreamingLLM's "
+        f"cache ({PUBLISHED}): some tokens that stay and the N most recent ones, positions counted in the cache "
         "(docs/definitions.md, section 9), exactly, in one forward. Loss in nats over all predictions; *cost*: above "
         "full attention, *gain*: below the window alone of the same N, both paired by document; intervals: 95 % BCa "
         "over documents. Sinks are those that `find_sinks` finds under full attention. The models are 4-bit GGUF "
@@ -123,8 +123,8 @@ def document_words(study: EvictionStudy) -> list[str]:
         alone, first, everything = by["window only"], by["first 1"], by["all sinks"]
         if alone["cost_low"] > 0:
             told.append(
-                f"at N = {size} one first token takes away {first['gain'] / alone['cost']:.0%} of what the window alone "
-                f"costs, all {everything['kept']:.3g} sinks {everything['gain'] / alone['cost']:.0%}"
+                f"at N = {size} one first token takes away {first['gain'] / alone['cost']:.0%} of what the window "
+                f"alone costs, all {everything['kept']:.3g} sinks {everything['gain'] / alone['cost']:.0%}"
             )
     if told:
         parts.append(f"As ratios of means: {'; '.join(told)}.")
