@@ -4,8 +4,8 @@
                                    [--threads 1]
 
 Contenders run in this process, in turn (A B C A B C): the plain Hugging Face model with sdpa, without the
-unembedding; the flash context; ``streaming_attention`` with 0 and 4 first tokens kept. Ratios of medians of CPU time, the
-least ratio of a round, and the peak of resident memory beside what was resident before.
+unembedding; the flash context; ``streaming_attention`` with 0 and 4 first tokens kept. Ratios of medians of CPU time,
+the least ratio of a round, and the peak of resident memory beside what was resident before.
 """
 
 from __future__ import annotations
