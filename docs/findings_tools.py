@@ -11,7 +11,7 @@ import pandas as pd
 
 from sinklens.results import write_text
 
-SECTIONS = ("interventions", "decompositions", "traces", "mixing", "lab", "images")  # in the page's order
+SECTIONS = ("interventions", "decompositions", "traces", "mixing", "lab", "images", "streaming")  # in the page's order
 MARKS = tuple(f"<!-- {name} -->" for name in SECTIONS)
 
 

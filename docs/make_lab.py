@@ -57,8 +57,9 @@ def operations_words(found: lab.LabComparison) -> list[str]:
                 *(seeds(frame, variant, name) for name in ("sink", "anywhere", "slot_sink")), strict=True
             )
         )
-        lines.append({"attention": variant, "no sink on the first token": f"{gone} of 3", "sink on the slot": f"{slot} of 3",
-                      "sink on another token": f"{elsewhere} of 3", "loss minus softmax": f"{gap:+.3f}"})  # fmt: skip
+        counts = {"no sink on the first token": gone, "sink on the slot": slot, "sink on another token": elsewhere}
+        told = {name: f"{count} of 3" for name, count in counts.items()}
+        lines.append({"attention": variant, **told, "loss minus softmax": f"{gap:+.3f}"})
     return [
         "## Kinds of attention (Gu et al., Tables 4 and 6, at toy scale)",
         "Setting P: no BOS, learned positions, one layer, one head. Every cell holds seeds 0 / 1 / 2. Sink: share of "

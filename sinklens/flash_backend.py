@@ -62,6 +62,7 @@ class Flash:
         paths: by the name of the attention module, which kernel ran last: "fused", "compressed", "blocked" or
             "pattern".
         collect: stands in for unedited attention in a layer where statistics are taken.
+        alone: no other backend may open inside, because what it measures would be another model.
         watch: looks at every layer's pattern, in blocks of query rows, before and after edits.
         names: of the attention modules of a model without a bridge.
     """
@@ -69,6 +70,7 @@ class Flash:
     model: TransformerBridge | PlainModel
     paths: dict[str, str] = field(default_factory=dict)
     collect: Attend | None = None
+    alone: str = ""
     watch: Any = None
     names: tuple[str, ...] = ()
     _armed: dict[int, list[Armed]] = field(default_factory=dict)
@@ -121,6 +123,8 @@ class Flash:
         waiting = [armed.run for armed in self._armed.pop(layer, ())]
         edits = told(waiting, q, k, view)
         if edits or self.watch is not None:
+            if self.alone:
+                raise UnsupportedModelError(f"edits of attention do not run inside {self.alone}; run them outside")
             if self.collect is not None:
                 raise UnsupportedModelError("statistics of edited attention need backend='hooks'")
             from sinklens.flash_edit import edited_attention  # the edits stand above this module
@@ -255,6 +259,11 @@ def switched(model: TransformerBridge, state: Flash | None) -> Iterator[Flash | 
     if model not in _hosts:
         _hosts[model] = _found(model)
     host = _hosts[model]
+    if host.states and host.states[-1] is not None and host.states[-1].alone:
+        raise UnsupportedModelError(
+            f"this function chooses how attention runs, so it would measure the model without {host.states[-1].alone}; "
+            f"call it outside"
+        )
     host.states.append(state)
     try:
         host.apply(state)

@@ -17,6 +17,7 @@ from sinklens.attention import attention_hook, block_output, either_backend
 from sinklens.errors import SinklensError
 from sinklens.flash_backend import Flash, hook_points, switched
 from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities, has_hook
+from sinklens.running import run_blocks
 
 SILENT = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k", "hook_result")
 
@@ -75,9 +76,7 @@ def _differs(model: TransformerBridge, length: int, heard: dict[str, set[str]]) 
             with switched(model, state), torch.no_grad():
                 for rows in (slice(0, 1), slice(0, 2)):
                     padding = mask[rows] if rows.stop > 1 else None
-                    model.run_with_hooks(
-                        ids[rows], attention_mask=padding, fwd_hooks=[*within, *ends], return_type=None
-                    )
+                    run_blocks(model, ids[rows], [*within, *ends], mask=padding, flashing=state is not None)
         except (SinklensError, RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             if state is None or state.paths:
                 return f"it fails on a short input ({type(error).__name__}: {str(error)[:200]})"

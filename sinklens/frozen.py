@@ -114,8 +114,8 @@ class Rotation:
         interleaved: pairs are neighbours (2n, 2n+1), not (n, n + r/2).
     """
 
-    cos: Float[Tensor, "pos r"] | None = None
-    sin: Float[Tensor, "pos r"] | None = None
+    cos: Float[Tensor, "*batch pos r"] | None = None
+    sin: Float[Tensor, "*batch pos r"] | None = None
     interleaved: bool = False
 
     def __call__(self, x: Float[Tensor, "*any pos d"]) -> Float[Tensor, "*any pos d"]:
