@@ -31,6 +31,7 @@ from sinklens.cli_decompose import decompose
 from sinklens.cli_images import images
 from sinklens.cli_interventions import ablate, bos
 from sinklens.cli_mix import mix
+from sinklens.cli_sweep import app as sweep_app
 from sinklens.cli_trace import trace
 from sinklens.embedded import CATALOGUE, DEFAULT_MODEL
 from sinklens.errors import BadInputError
@@ -203,6 +204,7 @@ app.command()(trace)
 app.command()(mix)
 app.command()(check)
 app.command()(images)
+app.add_typer(sweep_app, name="sweep")
 
 
 if __name__ == "__main__":
