@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +50,8 @@ def run(
     sys.path.insert(0, str(Path.cwd()))  # users' functions, as `python script.py` would find them
     chosen: Any = executor.value
     if executor is ExecutorName.ray:
-        chosen = lambda: RayExecutor(workers, address=address, gpus_per_worker=gpus, cpus_per_worker=threads)  # noqa: E731
+        options = {"address": address, "gpus_per_worker": gpus, "cpus_per_worker": float(threads)}
+        chosen = partial(RayExecutor, workers, **options)
     found = run_sweep(jobs, store, executor=chosen, workers=workers, threads=threads, retry_failed=retry_failed)
     show(found)
     if found.failed:

@@ -73,7 +73,7 @@ def make_jobs(
     texts: Any,
     interventions: Any = ("none",),
     tasks: Any = ("sink_scores",),
-    seeds: int | Sequence[int] = (0,),
+    seeds: Any = (0,),
 ) -> list[Job]:
     """Every combination as a list of jobs, those of one model together.
 
@@ -82,7 +82,7 @@ def make_jobs(
             :class:`TextSpec`, :class:`InterventionSpec`, :class:`TaskSpec`, such a spec, or a list of any of these. A
             text may have ``pieces``: its sequences are split over so many jobs, and the results put together are
             exactly those of one job.
-        seeds: numbers.
+        seeds: a whole number, or a list of these.
 
     The task ``experiment`` measures its own base; no job of it is made with the intervention ``none``.
 

@@ -45,8 +45,8 @@ class RayExecutor(Executor):
         workers: int = 2,
         *,
         address: str | None = None,
-        gpus_per_worker: float = 0,
-        cpus_per_worker: float = 1,
+        gpus_per_worker: float = 0.0,
+        cpus_per_worker: float = 1.0,
         resources: dict[str, float] | None = None,
         runtime_env: dict[str, Any] | None = None,
     ) -> None:

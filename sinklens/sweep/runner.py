@@ -239,7 +239,7 @@ def _maker(
     if executor == "ray":
         from sinklens.sweep.ray_executor import RayExecutor
 
-        return lambda: RayExecutor(workers, cpus_per_worker=threads)
+        return lambda: RayExecutor(workers, cpus_per_worker=float(threads))
     if executor == "submitit":
         from sinklens.sweep.submitit_executor import SubmititExecutor
 

@@ -66,13 +66,13 @@ class TextSpec:
     """
 
     source: str | None = None
-    texts: tuple[str, ...] | None = None
+    texts: Sequence[str] | None = None
     n_seqs: int | None = None
     seq_len: int | None = None
     min_len: int | None = None
     prepend_bos: bool | None = None
     seed: int | None = None
-    rows: tuple[int, int] | None = None
+    rows: Sequence[int] | None = None
     label: str = ""
     main: ClassVar[str] = "source"
 
@@ -86,10 +86,9 @@ class TextSpec:
                 raise BadInputError("texts= must be a list of strings")
             object.__setattr__(self, "texts", tuple(self.texts))
         if self.rows is not None:
-            first, end = self.rows
-            if not 0 <= first < end:
+            if len(self.rows) != 2 or not 0 <= self.rows[0] < self.rows[1]:
                 raise BadInputError(f"rows must be (first, end) with 0 <= first < end, got {self.rows}")
-            object.__setattr__(self, "rows", (first, end))
+            object.__setattr__(self, "rows", tuple(self.rows))
         path = None if self.source is None else Path(self.source).expanduser()
         if path is not None and path.is_file():
             object.__setattr__(self, "source", str(path.resolve()))

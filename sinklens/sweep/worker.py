@@ -122,10 +122,12 @@ def measure(job: Job, text: str | None) -> tuple[pa.Table, list[str]]:
             f"{job.text.label!r} is another text on this worker ({platform.node()}) than at the driver: python-docs "
             f"differs between Python versions, and a file may have changed"
         )
-    rows = (0, len(tokens)) if job.text.rows is None else job.text.rows
-    if rows[1] > len(tokens):
-        raise BadInputError(f"{job.text.label!r} has {len(tokens)} sequences, the piece {rows} was asked for")
-    measured = Measurement(model, tokens, rows, job.intervention, job.seed)
+    first, end = job.text.rows or (0, len(tokens))
+    if end > len(tokens):
+        raise BadInputError(
+            f"{job.text.label!r} has {len(tokens)} sequences, those from {first} to {end} were asked for"
+        )
+    measured = Measurement(model, tokens, (first, end), job.intervention, job.seed)
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore", SinklensWarning)  # the notes say it
         torch.manual_seed(job.seed)
