@@ -1,6 +1,6 @@
 """A sweep that is killed at random, again and again, beside one that is not: the tables must be the same to the bit.
 
-    python benchmarks/sweep_kills.py [--models smollm2-135m gemma3-270m] [--jobs 200] [--kills 6] [--executor processes]
+    python benchmarks/sweep_kills.py [--models smollm2-135m gemma3-270m] [--kills 6] [--executor processes]
 
 1. The reference: all jobs on the standard library's processes, undisturbed.
 2. The same jobs in another folder, on ``--executor``, by a driver in a process of its own; at random moments SIGKILL
@@ -29,27 +29,23 @@ WORKERS = 2
 PIECES = 5
 
 
-def jobs_of(models: list[str], wanted: int) -> list[Job]:
-    """Models x texts x interventions x tasks x seeds, short texts; the first ``wanted``, the same from each model."""
-    texts = [
-        {"source": "python-docs", "n_seqs": 2 * PIECES, "seq_len": 64, "pieces": PIECES},
-        {"source": "random", "n_seqs": PIECES, "seq_len": 64, "pieces": PIECES},
-    ]
+def jobs_of(models: list[str]) -> list[Job]:
+    """Models x texts of 64 tokens x interventions x tasks: 100 jobs of each model."""
+    sizes = {"n_seqs": PIECES, "seq_len": 64, "pieces": PIECES}
+    texts = [{"source": "python-docs", **sizes}, {"source": "random", **sizes}]
     edits: list[Any] = [
         "none",
         {"build": "ablate_sinks", "sinks": [0], "mode": "renormalize"},
         {"build": "ablate_sinks", "sinks": "all", "mode": "zero"},
         {"build": "swap_attention", "kind": "off-by-one"},
-        {"build": "restrict_attention", "sinks": 0, "recent": 16},
+        {"build": "restrict_attention", "sinks": 4, "recent": 16},
     ]
-    tasks: list[Any] = [{"task": "sink_scores", "positions": [0, 1]}, "token_loss", {"task": "find_sinks"}]
-    each = -(-wanted // len(models))
-    return [job for model in models for job in make_jobs(model, texts, edits, tasks, [0, 1])[:each]]
+    return make_jobs(models, texts, edits, [{"task": "sink_scores", "positions": [0, 1]}, "token_loss"])
 
 
 def drive(options: argparse.Namespace) -> None:
     """What the victim does."""
-    run_sweep(jobs_of(options.models, options.jobs), options.store, executor=options.executor, workers=WORKERS)
+    run_sweep(jobs_of(options.models), options.store, executor=options.executor, workers=WORKERS)
 
 
 def workers_of(driver: psutil.Process, executor: str) -> list[psutil.Process]:
@@ -68,7 +64,7 @@ def workers_of(driver: psutil.Process, executor: str) -> list[psutil.Process]:
 def start(options: argparse.Namespace, store: Path) -> subprocess.Popen[bytes]:
     """The driver, in a process of its own."""
     command = [sys.executable, __file__, "--store", str(store), "--executor", options.executor]
-    command += ["--jobs", str(options.jobs), "--models", *options.models]
+    command += ["--models", *options.models]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
@@ -82,10 +78,11 @@ def ended(before: list[psutil.Process]) -> float:
 def torment(options: argparse.Namespace, store: Path) -> None:
     """Kill the driver or a worker after every so many finished jobs, until nothing is left to do."""
     chance = random.Random(options.seed)
-    step = options.jobs // (options.kills + 1)
+    total = len(jobs_of(options.models))
+    step = total // (options.kills + 1)
     driver, drivers, killed = start(options, store), 1, {"driver": 0, "worker": 0}
     while True:
-        goal = step * (sum(killed.values()) + 1) if sum(killed.values()) < options.kills else options.jobs + 1
+        goal = step * (sum(killed.values()) + 1) if sum(killed.values()) < options.kills else total + 1
         while driver.poll() is None and len(list(store.glob("results/*.parquet"))) < goal:
             time.sleep(0.05)
         if driver.poll() is not None and driver.returncode == 0:
@@ -103,7 +100,7 @@ def torment(options: argparse.Namespace, store: Path) -> None:
                 driver.wait()
                 print(f"  its {len(workers)} worker(s) were gone after {ended(workers):.2f} s")
             killed[whom] += 1
-            print(f"killed the {whom} with {done} of {options.jobs} jobs done", flush=True)
+            print(f"killed the {whom} with {done} of {total} jobs done", flush=True)
         if driver.poll() is not None:
             driver, drivers = start(options, store), drivers + 1
     status = sweep_status(store)
@@ -115,7 +112,6 @@ def main() -> None:
     """Print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m"])
-    parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--executor", default="processes", choices=["processes", "ray", "submitit"])
     parser.add_argument("--seed", type=int, default=0)
@@ -128,7 +124,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     reference = options.reference or folder / "reference"
     began = time.monotonic()
-    found = run_sweep(jobs_of(options.models, options.jobs), reference, workers=WORKERS)
+    found = run_sweep(jobs_of(options.models), reference, workers=WORKERS)
     print(f"undisturbed, processes: {found}, {found.ran} ran now, {time.monotonic() - began:.0f} s", flush=True)
     torment(options, folder / "tormented")
     first, second = collect(reference), collect(folder / "tormented")

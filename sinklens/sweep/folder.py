@@ -92,13 +92,12 @@ class ResultFolder:
         return self.failure(key).is_file() and not self.has(key)
 
     def write(self, key: str, rows: pa.Table, about: dict[str, Any]) -> None:
-        """Keep a job's rows, and forget that it failed before."""
+        """Keep a job's rows."""
         kept = rows.replace_schema_metadata({"sinklens": json.dumps({"format": FORMAT, **about})})
         with atomic_path(self.result(key)) as partial:
             pq.write_table(kept, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-        self.failure(key).unlink(missing_ok=True)
 
     def read(self, key: str) -> tuple[pa.Table, dict[str, Any]]:
         """A job's rows, and what is known of their making."""

@@ -120,11 +120,14 @@ class RayExecutor(Executor):
                 "object_store_memory": OBJECT_STORE,
                 "resources": {k: v * workers for k, v in (resources or {}).items()},
             }
-            own |= {"num_gpus": round(workers * gpus)} if gpus else {}
         try:
             self._ray.init(**own, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise BadInputError(f"no Ray at {address!r}: {error}") from error
+        there = self._ray.cluster_resources().get("GPU", 0)
+        if address is None and there < gpus:  # a cluster may grow
+            self._ray.shutdown()
+            raise BadInputError(f"a worker wants {gpus:g} GPUs and this machine has {there:g}: it would wait for ever")
 
     def _dispatch(self) -> None:
         with self._lock:
