@@ -33,6 +33,7 @@ from sinklens.cli_interventions import ablate, bos
 from sinklens.cli_lab import lab
 from sinklens.cli_mix import mix
 from sinklens.cli_stream import stream
+from sinklens.cli_sweep import app as sweep_app
 from sinklens.cli_trace import trace
 from sinklens.embedded import CATALOGUE, DEFAULT_MODEL
 from sinklens.errors import BadInputError
@@ -207,6 +208,7 @@ app.command()(stream)
 app.command()(check)
 app.command()(images)
 app.add_typer(lab, name="lab")
+app.add_typer(sweep_app, name="sweep")
 
 
 if __name__ == "__main__":
