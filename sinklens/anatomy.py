@@ -49,7 +49,8 @@ from sinklens.attention import (
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.importance import FAR, MIN_FAR_QUERIES
-from sinklens.proof import Capabilities, capabilities, refuse_unless_softmax, same_model
+from sinklens.proof import Capabilities, capabilities, same_model
+from sinklens.refusals import refuse_unless_softmax
 from sinklens.residuals import typical_mean
 from sinklens.results import atomic_path
 from sinklens.running import run_blocks

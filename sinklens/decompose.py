@@ -19,8 +19,9 @@ from sinklens.errors import BadInputError
 from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
 from sinklens.mean_inputs import gather_means
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import capabilities, refuse_half_precision, refuse_unless_softmax, same_model
+from sinklens.proof import capabilities, same_model
 from sinklens.reference import DEFAULT_SEQUENCES, sinks_of
+from sinklens.refusals import refuse_half_precision, refuse_unless_softmax
 from sinklens.score_terms import PARAMETERS
 from sinklens.selection import Layers, select
 from sinklens.sinkmap import SinkMap

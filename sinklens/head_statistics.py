@@ -35,7 +35,8 @@ from sinklens.forward import Forward
 from sinklens.importance import FAR
 from sinklens.kernels import Block, View, blocked, dense_scores, fused, fused_takes, grouped, without
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import Capabilities, capabilities, refuse_unless_softmax
+from sinklens.proof import Capabilities, capabilities
+from sinklens.refusals import refuse_unless_softmax
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.tokens import Tokens, as_tokens

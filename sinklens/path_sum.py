@@ -40,7 +40,8 @@ from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
 from sinklens.mixing_setup import Sinks, sinks_of
 from sinklens.offload import refuse_offloaded
-from sinklens.proof import capabilities, has_hook, refuse_half_precision
+from sinklens.proof import capabilities, has_hook
+from sinklens.refusals import refuse_half_precision
 from sinklens.results import atomic_path
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat

@@ -22,7 +22,8 @@ from sinklens.flash_backend import Armed, hook_points, once, running
 from sinklens.flash_proof import unsupported
 from sinklens.forward import Forward
 from sinklens.kernels import View
-from sinklens.proof import capabilities, refuse_unless_softmax
+from sinklens.proof import capabilities
+from sinklens.refusals import refuse_unless_softmax
 
 BACKENDS = ("auto", "hooks", "flash")
 

@@ -139,15 +139,6 @@ def same_model(info: dict[str, Any], facts: Capabilities | PlainCapabilities) ->
     return recorded == asdict(facts)
 
 
-def refuse_half_precision(model: TransformerBridge, what: str) -> None:
-    """Raise UnsupportedModelError where a model runs in less than float32."""
-    if model.cfg.dtype not in (torch.float32, torch.float64):
-        raise UnsupportedModelError(
-            f"{model.cfg.model_name} runs in {model.cfg.dtype}: {what} to 1e-3 of their size, which takes float32 or "
-            f"float64; load_model(..., dtype='float32')"
-        )
-
-
 def check_finite_weights(model: torch.nn.Module) -> None:
     """Raise BadInputError naming the first parameter that holds NaN or infinity; offloaded ones are read in turn."""
     seen: set[torch.nn.Parameter] = set()
@@ -356,22 +347,6 @@ def _is_softmax(model: TransformerBridge, seen: dict[str, Tensor], layer: int) -
     expected = scores.softmax(-1)[..., : pattern.shape[-1]]
     tolerance = 1e-3 if pattern.dtype in (torch.float32, torch.float64) else 3e-2
     return bool((pattern - expected).abs().max() < tolerance)
-
-
-def refuse_unless_softmax(model: TransformerBridge, what: str) -> None:
-    """Raise UnsupportedModelError where attention is not the softmax that the partition takes apart.
-
-    Args:
-        model: the model.
-        what: the thing that rests on it, as the subject of a sentence.
-    """
-    facts = capabilities(model)
-    if not facts.softmax:
-        raise UnsupportedModelError(
-            f"{facts.model}: its attention is not a softmax over the tokens that it shows (rows sum to anything, or a "
-            f"learned slot takes a share), and {what} rests on that. sink_scores, measure_mixing, trace_sinks on "
-            f"given sinks and edits of the residual stream work; sinklens.lab compares kinds of attention"
-        )
 
 
 def _heads_first(seen: dict[str, Tensor]) -> bool:

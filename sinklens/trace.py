@@ -24,8 +24,9 @@ from sinklens.components import Component
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.lives import activity
-from sinklens.proof import capabilities, refuse_half_precision, same_model
+from sinklens.proof import capabilities, same_model
 from sinklens.reference import DEFAULT_SEQUENCES
+from sinklens.refusals import refuse_half_precision
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.stream_parts import StreamParts, stream_parts

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.components import Component
 from sinklens.lives import activity
-from sinklens.proof import refuse_unless_softmax
+from sinklens.refusals import refuse_unless_softmax
 from sinklens.trace_result import WRITER, Traced
 from sinklens.trace_rows import Row, check_writing, run_rows
 
