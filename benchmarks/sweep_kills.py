@@ -50,11 +50,11 @@ def drive(options: argparse.Namespace) -> None:
 
 def workers_of(driver: psutil.Process, executor: str) -> list[psutil.Process]:
     """The processes that run jobs."""
-    words = {"processes": "multiprocessing.spawn", "ray": "ray::", "submitit": "submitit.core._submit"}[executor]
+    words = {"processes": "multiprocessing.spawn", "ray": "ray::_Worker", "submitit": "submitit.core._submit"}[executor]
     found = []
     for child in driver.children(recursive=True):
         try:
-            if words in " ".join(child.cmdline()) and "ray::IDLE" not in " ".join(child.cmdline()):
+            if words in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             continue
