@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import SCORED, build, build_pair
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import sinklens as sl
 from sinklens.proof import _records, check_finite_weights, prove
@@ -133,14 +134,10 @@ def test_models_without_a_stack_of_blocks_are_refused_with_the_reason() -> None:
 
 
 def test_a_bridge_that_reads_images_is_refused_with_the_reason() -> None:
-    bridge = TransformerBridge.boot_transformers("vit", hf_model=with_architecture(build("vit")))
+    vit = build("vit")
+    bridge = build_bridge_from_module(vit, type(vit).__name__, hf_config=vit.config)
     with pytest.raises(sl.UnsupportedModelError, match="reads images"):
         sl.load_model(bridge)
-
-
-def with_architecture(model: Any) -> Any:
-    model.config.architectures = [type(model).__name__]
-    return model
 
 
 def test_nan_weights_are_named() -> None:

@@ -97,8 +97,11 @@ def test_the_bos_carries_gemma(gemma: Any) -> None:
 def test_massive_dimensions_zero_and_mean_differ(smollm2: Any) -> None:
     tokens = sl.load_tokens(smollm2, [TEXT_A])
     sinks = sl.find_sinks(smollm2, tokens).primary
+    others = sl.load_tokens(smollm2, "python-docs", n_seqs=4, seq_len=128)
     losses = [
-        float(sl.token_loss(smollm2, tokens, hooks=sl.ablate_residual(smollm2, sinks, mode)).nanmean())
+        float(
+            sl.token_loss(smollm2, tokens, hooks=sl.ablate_residual(smollm2, sinks, mode, reference=others)).nanmean()
+        )
         for mode in ("massive_zero", "massive_mean")
     ]
     base = float(sl.token_loss(smollm2, tokens).nanmean())
