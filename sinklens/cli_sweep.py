@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from sinklens.cli_common import friendly, plain, say_written, stdout
 from sinklens.errors import BadInputError
@@ -90,11 +89,9 @@ def show(found: Any) -> None:
     stdout.print(f"{counts}{here}{deaths}", highlight=False)
     if not found.failed:
         return
-    table = Table("model", "text", "intervention", "task", "error", box=None, pad_edge=False)
     for row in found.failures[:SHOWN]:
-        names = ("model", "text", "intervention", "task", "error")
-        table.add_row(*(plain(str(row[name])) for name in names))
-    stdout.print(table)
+        named = ", ".join(str(row[name]) for name in ("model", "text", "intervention", "task", "seed"))
+        stdout.print(f"failed: {plain(named)}: {plain(row['error'])}", highlight=False, soft_wrap=True)
     if found.failed > SHOWN:
         stdout.print(f"... and {found.failed - SHOWN} more", highlight=False)
     where = str(Path(found.failures[0]["file"]).parent)
