@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from sinklens.cli_common import friendly, plain, say_written, stdout
 from sinklens.errors import BadInputError
@@ -83,17 +82,19 @@ def collect(store: StoreOption, out: Annotated[Path, typer.Option("--out", help=
 
 
 def show(found: Any) -> None:
-    """The counts, and the failures with where their tracebacks are."""
+    """The counts, the failures, and where their tracebacks are."""
     counts = f"{found.done} of {found.total} jobs done, {found.failed} failed, {found.missing} missing"
     here = f"; {found.ran} ran now" if found.ran else ""
     deaths = f"; {found.deaths} worker(s) died" if found.deaths else ""
     stdout.print(f"{counts}{here}{deaths}", highlight=False)
     if not found.failed:
         return
-    table = Table("model", "text", "intervention", "task", "error", "traceback", box=None, pad_edge=False)
     for row in found.failures[:SHOWN]:
-        names = ("model", "text", "intervention", "task", "error", "file")
-        table.add_row(*(plain(str(row[name])) for name in names))
-    stdout.print(table)
+        named = ", ".join(str(row[name]) for name in ("model", "text", "intervention", "task", "seed"))
+        stdout.print(f"failed: {plain(named)}: {plain(row['error'])}", highlight=False, soft_wrap=True)
     if found.failed > SHOWN:
         stdout.print(f"... and {found.failed - SHOWN} more", highlight=False)
+    where = str(Path(found.failures[0]["file"]).parent)
+    stdout.print(
+        f"tracebacks are in {plain(where)}; --retry-failed runs these jobs again", highlight=False, soft_wrap=True
+    )

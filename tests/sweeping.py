@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from architectures import build
 from test_tokens import WORDS, word_tokenizer
 
 import sinklens as sl
+from sinklens.sweep import Job, collect, run_sweep
 
 
 def _words(seed: int) -> str:
@@ -57,3 +60,35 @@ def kills(model: Any, tokens: sl.Tokens, *, hooks: Any, seed: int, unless: str =
             Path(unless).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return {"value": 1.0}
+
+
+EDITS = [
+    "none",
+    {"build": "ablate_sinks", "sinks": "all", "mode": "zero"},
+    {"build": "ablate_sinks", "sinks": [0], "mode": "renormalize", "layers": [1], "heads": [0, 2]},
+    {"build": "swap_attention", "kind": "off-by-one"},
+    {"build": "restrict_attention", "sinks": 2, "recent": 8},
+    {"build": "patch_bos", "source": "zero"},
+    {"build": "ablate_sinks", "sinks": "all", "mode": "mean_value", "reference": {"texts": SENTENCES[4:]}},
+]
+TASKS = [
+    {"task": "sink_scores", "positions": [0, 6]},
+    "find_sinks",
+    {"task": "find_sinks", "per": "sequence"},
+    "token_loss",
+    {"task": "token_loss", "per": "token", "most_scored": 9},
+    {"task": "experiment", "controls": ["random", "recent"], "most_scored": 20},
+    {"task": "experiment", "controls": ["random"], "per": "token"},
+]
+TEXT = {"texts": SENTENCES, "label": "words"}
+EFFECT = {"task": "experiment", "controls": ["random", "matched"], "most_scored": 20}
+
+
+def here(jobs: list[Job], folder: Path, **options: Any) -> Any:
+    """Run in this process."""
+    with ThreadPoolExecutor(1) as pool:
+        return run_sweep(jobs, folder, executor=pool, workers=1, **options)
+
+
+def value_of(folder: Path, **chosen: Any) -> pd.DataFrame:
+    return collect(folder).to_dataframe(**chosen)
