@@ -15,8 +15,9 @@ SECTIONS = ("interventions", "decompositions", "traces", "mixing", "lab", "image
 MARKS = tuple(f"<!-- {name} -->" for name in SECTIONS)
 
 
-def put(mark: str, parts: Sequence[str]) -> None:
+def put(section: str, parts: Sequence[str]) -> None:
     """Replace one section of docs/findings.md and leave the others as they are."""
+    mark = MARKS[SECTIONS.index(section)]
     page = Path(__file__).parent / "findings.md"
     text = page.read_text(encoding="utf-8")
     sections = {"": text}

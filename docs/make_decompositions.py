@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import MARKS, between, command_line, put, shown, table
+from findings_tools import between, command_line, put, shown, table
 
 import sinklens as sl
 
@@ -180,7 +180,7 @@ def write(store: Path) -> None:
                     image = Path("images") / f"plane-{name}.png"
                     found.plot("plane").write_image(Path(__file__).parent / image, width=900, height=560)
                     parts.append(f"![Mass part against value part of every head of {name}]({image})")
-    put(MARKS[1], parts)
+    put("decompositions", parts)
 
 
 if __name__ == "__main__":

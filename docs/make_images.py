@@ -72,7 +72,7 @@ def main() -> None:
     found["sequence"] = [images.sources[b] for b in found["sequence"]]
     count = images.ids.shape[1]
     put(
-        "<!-- images -->",
+        "images",
         [
             "# Findings: pictures",
             f"Written by `python docs/make_images.py`, sinklens {sl.__version__}: DINOv2-small (the backbone inside "

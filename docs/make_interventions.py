@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import MARKS, command_line, put
+from findings_tools import command_line, put
 
 import sinklens as sl
 
@@ -215,7 +215,7 @@ def write(store: Path) -> None:
                 if in_words(experiment):
                     parts.append(in_words(experiment))
                 parts.append(f"Side effects (means over layers and documents):\n\n{side_effects(experiment)}")
-    put(MARKS[0], parts)
+    put("interventions", parts)
 
 
 if __name__ == "__main__":

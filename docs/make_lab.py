@@ -194,7 +194,7 @@ def write(store: Path) -> None:
                 FIGURE, width=1100, height=460, scale=2
             )
             parts.append(f"![Loss above the floor and sink rate against training steps](images/{FIGURE.name})")
-    put("<!-- lab -->", parts)
+    put("lab", parts)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import MARKS, between, command_line, put, table
+from findings_tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -153,7 +153,7 @@ def write(store: Path) -> None:
     for name in MODELS:
         if any(store.glob(f"{name}-*")):
             parts += model_parts(name, store)
-    put(MARKS[3], parts)
+    put("mixing", parts)
 
 
 def factor(row: dict[str, Any], name: str = "log_ratio") -> str:

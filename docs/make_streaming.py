@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import MARKS, between, command_line, put, table
+from findings_tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -78,7 +78,7 @@ def write(store: Path) -> None:
     for name in MODELS:
         if any(store.glob(f"{name}-*")):
             parts += model_parts(name, store)
-    put(MARKS[5], parts)
+    put("streaming", parts)
 
 
 def model_parts(name: str, store: Path) -> list[str]:

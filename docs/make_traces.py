@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import MARKS, between, command_line, put, table
+from findings_tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -141,7 +141,7 @@ def write(store: Path) -> None:
     for name in MODELS:
         if (store / f"{name}-trace.safetensors").is_file():
             parts += model_parts(name, store)
-    put(MARKS[2], parts)
+    put("traces", parts)
 
 
 def model_parts(name: str, store: Path) -> list[str]:
