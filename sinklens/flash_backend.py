@@ -21,21 +21,18 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask
 
 from sinklens.attention import attention_hook
-from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
+from sinklens.errors import SinklensError, UnsupportedModelError
 from sinklens.kernels import View, blocked, fused, fused_takes
 from sinklens.plain import PlainModel
 from sinklens.proof import capabilities, record
-
-NAME = "sinklens"
+from sinklens.registered import NAME, owners, put_forward
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, View], tuple[Tensor, str]]
 
@@ -186,16 +183,15 @@ class _Host:
             config._attn_implementation = before if state is None else NAME
         for layer, (attention, component) in enumerate(zip(self.attentions, self.components, strict=True)):
             ours = None if state is None else partial(_delegated, attention, state, layer)
-            _put_forward(attention, ours or self.forwards[layer])
+            put_forward(attention, ours or self.forwards[layer])
             for module in component:
-                _owners.pop(module, None)
+                owners.pop(module, None)
                 if state is not None:
-                    _owners[module] = (state.attend, layer)
+                    owners[module] = (state.attend, layer)
 
 
 _hosts: WeakKeyDictionary[TransformerBridge, _Host] = WeakKeyDictionary()
 _points: WeakKeyDictionary[TransformerBridge, dict[str, HookPoint]] = WeakKeyDictionary()
-_owners: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], int]] = WeakKeyDictionary()
 
 
 def running(model: TransformerBridge) -> Flash | None:
@@ -316,13 +312,13 @@ def once(component: nn.Module, armed: Armed, attend: Callable[..., tuple[Tensor,
     before_us = installed.keywords["own"] if isinstance(installed, partial) and installed.func is _once else installed
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        _put_forward(component, before_us)
+        put_forward(component, before_us)
         edits = [a.run for a in _pending.pop(component, ()) if a.stands()]
         if not edits:  # an earlier forward raised before it came here
             return component.forward(*args, **kwargs)
         before = [config._attn_implementation for config in unique]
         for module in component.modules():
-            _owners[module] = (partial(attend, edits), layer)
+            owners[module] = (partial(attend, edits), layer)
         try:
             for config in unique:
                 config._attn_implementation = NAME
@@ -331,7 +327,7 @@ def once(component: nn.Module, armed: Armed, attend: Callable[..., tuple[Tensor,
             for config, implementation in zip(unique, before, strict=True):
                 config._attn_implementation = implementation
             for module in component.modules():
-                _owners.pop(module, None)
+                owners.pop(module, None)
 
     component.__dict__["forward"] = partial(_once, wrapped, own=before_us)
 
@@ -339,74 +335,3 @@ def once(component: nn.Module, armed: Armed, attend: Callable[..., tuple[Tensor,
 def _once(wrapped: Callable[..., Any], *args: Any, own: Any, **kwargs: Any) -> Any:  # noqa: ARG001
     """The forward of a module that waits for its edited call; ``own`` is what stood there before."""
     return wrapped(*args, **kwargs)
-
-
-def _put_forward(module: nn.Module, forward: Any) -> None:
-    """Put a module's own forward in force; None is its class's."""
-    module.__dict__.pop("forward", None)
-    if forward is not None:
-        module.__dict__["forward"] = forward
-
-
-def _function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **rest: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls: [batch, head, query, d] in, [batch, query, head, d] out."""
-    if module not in _owners:
-        raise SinklensError(
-            f"the attention implementation {NAME!r} works inside sinklens.flash(model) only; set it back with "
-            f"model.set_attn_implementation('eager')"
-        )
-    if dropout:
-        raise SinklensError("the flash backend has no dropout; call model.eval()")
-    attend, layer = _owners[module]
-    view = View(
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        causal=True,
-        window=rest.get("sliding_window"),
-        softcap=rest.get("softcap"),
-        learned=rest.get("s_aux"),
-        mask=_real(attention_mask, key.shape[2]),
-    )
-    found = attend(layer, query, key, value, view)
-    out, pattern = found if isinstance(found, tuple) else (found, None)
-    return out.transpose(1, 2).contiguous(), pattern
-
-
-def _real(mask: Tensor | None, n_keys: int) -> Bool[Tensor, "batch key"] | None:
-    """Real keys from a mask [batch, key], or [batch, 1, query, key], in which real keys see themselves."""
-    if mask is None:
-        return None
-    if mask.ndim == 4:
-        mask = mask[:, 0, -1] if mask.shape[-2] == 1 else mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    if mask.shape[1] != n_keys:
-        raise BadInputError(f"the attention mask has {mask.shape[1]} columns and there are {n_keys} keys")
-    mask = mask.bool()
-    return None if bool(mask.all()) else mask
-
-
-def _mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Padding as [batch, key]; packed sequences, of which the mask would know nothing, are refused."""
-    rule = kwargs.get("mask_function")
-    if rule is not None and q_length > 1 and q_length == kv_length:
-        device = kwargs.get("device", "cpu")
-        rows = torch.arange(batch_size, device=device)[:, None]
-        later = torch.arange(1, q_length, device=device)[None]
-        if not torch.as_tensor(rule(rows, torch.zeros_like(rows), later, later - 1)).all():
-            raise BadInputError(
-                "these position_ids pack several sequences into one row, which the flash backend does not follow; "
-                "give each sequence a row of its own, or use backend='hooks'"
-            )
-    return flash_attention_mask(batch_size, q_length, kv_length, *args, **kwargs)
-
-
-AttentionInterface.register(NAME, _function)
-AttentionMaskInterface.register(NAME, _mask)
