@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.attention import attention_hook
 from sinklens.console import Advance, progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.flash_backend import busy
 from sinklens.flash_scores import choose_backend, flash_scores, only
 from sinklens.importance import by_position, column_means, never_far, visibility
 from sinklens.places import check_positions
@@ -330,6 +331,7 @@ def _score_group(
     """Alpha, beta, uniform and row rest of one group, by position, on the CPU."""
     facts = capabilities(model)
     seen_by = {w: visibility(batch.mask, causal=facts.causal, window=w) for w in set(facts.windows)}
+    edited = busy(model)
     alpha: list[Tensor] = []
     beta: list[Tensor] = []
     rest: list[Tensor] = []
@@ -344,6 +346,12 @@ def _score_group(
                 f"configuration declares (window={window}, causal={facts.causal}), or yields NaN; alpha would be wrong"
             )
         if window is None and never_far(pattern, batch.mask):
+            if edited:
+                raise BadInputError(
+                    f"the hooks now on the model leave distant keys no attention in layer {layer} (restrict_attention "
+                    f"does), and alpha counts every query that the model's own mask lets see a key; score the model "
+                    f"without them, and measure what they change with run_experiment"
+                )
             raise UnsupportedModelError(
                 f"{facts.model}: layer {layer} gives exactly no attention to distant keys although its configuration "
                 f"declares no window; alpha would have a wrong denominator. Please report this architecture"

@@ -229,7 +229,10 @@ def test_a_window_under_another_name_is_read() -> None:
         torch.testing.assert_close(scores.beta[0, layer].double(), beta, atol=1e-6, rtol=0, equal_nan=True)
 
 
-def test_a_window_that_nobody_declares_is_noticed_once_the_input_is_long_enough() -> None:
+def test_a_window_that_nobody_declares_is_noticed_once_the_input_is_long_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sinklens.scores.busy", lambda _: False)  # the hook below stands for the host's own code
     _, model = build_pair("llama")
     far = torch.ones(80, 80, dtype=torch.bool).tril(-40)
 

@@ -118,3 +118,14 @@ def test_bad_swaps_say_what_to_do() -> None:
         sl.restrict_attention(lost)
     with pytest.raises(sl.BadInputError, match="no positions"):
         sl.swap_attention(model, "off-by-one").at([3])
+
+
+def test_scores_under_a_restriction_say_why_there_are_none() -> None:
+    _, model = build_pair("llama")
+    ids = random_rows((64,))[0]
+    with (
+        model.hooks(fwd_hooks=sl.restrict_attention(model, sinks=0, recent=8)),
+        pytest.raises(sl.BadInputError, match="hooks now on the model leave distant keys no attention in layer 0"),
+    ):
+        sl.sink_scores(model, ids)
+    assert sl.sink_scores(model, ids).alpha.isfinite().all()
