@@ -39,14 +39,15 @@ def timeline(sinks: SinkMap) -> go.Figure:
         story = (
             f"{escape_hover(name)}: {sink.kind}{reason}<br>layers {sink.onset} to {sink.end}, mean mass {sink.mass:.3f}"
         )
-        hover.append([f"{story}<br>layer {layer}: {sink.masses[layer]:.3f}" for layer in range(sinks.n_layers)])
+        hover.append([story if here else "" for here in alive])
     rows = list(range(len(shown)))
     figure = go.Figure(
         go.Heatmap(
             z=grid,
             y=rows,
             text=hover,
-            hovertemplate="%{text}<extra></extra>",
+            hovertemplate="%{text}<br>layer %{x}: mass %{z:.3f}<extra></extra>",
+            hoverongaps=False,
             colorscale=SCALE,
             zmin=0,
             xgap=1,
