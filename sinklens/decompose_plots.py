@@ -110,7 +110,7 @@ def component_map(found: SinkDecomposition, kind: str | None) -> go.Figure:
     )
     figure.update_xaxes(title="component whose output stands in the sink's key", showgrid=False, tickangle=-90)
     figure.update_xaxes(tickfont={"size": 9}, dtick=1)
-    figure.update_yaxes(title="layer whose heads read it", showgrid=False)
+    figure.update_yaxes(title="layer whose heads read it", showgrid=False, dtick=5 if len(grid.index) > 12 else 1)
     title = (
         f"Who writes what the heads read: {kind} sinks<br><sup>parts of the score that stand in the sink's own key, "
         f"mean over heads; blank: comes later</sup>"

@@ -1,4 +1,4 @@
-"""What a comparison of mixing needs beside the model as it is: each kind of sink gone, and other damage of that cost."""
+"""What mixing is compared under beside the model as it is: each kind of sink gone, and other damage of that cost."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def position_map(scores: SinkScores, sequence: int = 0, columns: int | None = No
         )
     )
     figure.update_xaxes(title="position (tokens from the first unpadded one)", showgrid=False)
-    figure.update_yaxes(title="layer", showgrid=False)
+    figure.update_yaxes(title="layer", showgrid=False, zeroline=False, dtick=5 if scores.n_layers > 12 else 1)
     what = (
         "far importance beta, colours saturate at 0.5; blank where fewer than 32 far queries see the token"
         if far

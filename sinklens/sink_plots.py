@@ -50,6 +50,7 @@ def timeline(sinks: SinkMap) -> go.Figure:
             hoverongaps=False,
             colorscale=SCALE,
             zmin=0,
+            zmax=max((v for line in grid for v in line if v is not None and v == v), default=1.0),
             xgap=1,
             ygap=3,
             colorbar={"title": "mass", "outlinewidth": 0},

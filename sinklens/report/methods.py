@@ -28,8 +28,8 @@ FORMULAS = (
     ("Margin", "m = gap - log |R| - peakedness; gap = s_S - mean over R of s, by mean and own queries and keys", ""),
     (
         "Writers",
-        "share = <out, u> / <x_ref, u>, u the primary's direction in other documents; proven where replacing the output "
-        "moves the competitor-free margin by 1 nat and no control by 0.1",
+        "share = <out, u> / <x_ref, u>, u the primary's direction in other documents; proven where replacing the "
+        "output moves the competitor-free margin by 1 nat and no control by 0.1",
         "wong2025",
     ),
     (
@@ -76,7 +76,7 @@ def limits(m: Material) -> list[str]:
     if documents < MIN_DOCUMENTS:
         told.insert(
             0,
-            f"There are {documents} document(s), and intervals need {MIN_DOCUMENTS}: no number here is told from chance.",
+            f"There are {documents} document(s), and intervals need {MIN_DOCUMENTS}: nothing here is told from chance.",
         )
     else:
         told.append(

@@ -68,7 +68,8 @@ def _do(m: Material, shelf: Shelf, stage: Stage) -> Entry:
     refused, facts = "", {}
     missing = [name for name in stage.needs if name not in m.results]
     if missing:
-        refused = f"it needs the stage before it, which was left out: {m.refused[missing[0]]}"
+        doing = {one.name: one.doing for one in STAGES}[missing[0]]
+        refused = f'it builds on "{doing}", which was left out'
     else:
         try:
             with warnings.catch_warnings():

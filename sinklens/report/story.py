@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from sinklens.report.stages import KINDS, Material
-from sinklens.report.wording import against, between, change, counted, listed, number, side, times
+from sinklens.report.wording import against, between, change, counted, listed, number, sample_only, side, signed, times
 from sinklens.scan import ScanSummary, summarize
 from sinklens.sinkmap import SinkMap
 
@@ -21,10 +21,10 @@ MODES = {
     "renormalize": "When {kind} sinks are gone from attention",
 }
 VERDICTS = {
-    "mass effect": "that taking attention matters by itself",
-    "key bias": "that a context-free key with a neutral value would do as well (a key bias in Gu et al.'s sense)",
-    "constant offset": "that one constant logit per head would do as well",
-    "parameter bias": "that the bias parameters b_Q and b_K make the gap",
+    "mass effect": "Taking attention matters by itself",
+    "key bias": "A context-free key with a neutral value would do as well (a key bias in Gu et al.'s sense)",
+    "constant offset": "One constant logit per head would do as well",
+    "parameter bias": "The bias parameters b_Q and b_K make the gap",
 }
 
 
@@ -32,11 +32,6 @@ def rows_of(table: pd.DataFrame, **where: Any) -> list[dict[str, Any]]:
     """The rows of a table that hold these values."""
     rows: list[dict[str, Any]] = table.to_dict("records")
     return [row for row in rows if all(row[name] == value for name, value in where.items())]
-
-
-def documents_of(m: Material) -> int:
-    """How many documents the text has."""
-    return len(set(m.tokens.documents))
 
 
 def scan_summary(m: Material) -> ScanSummary:
@@ -47,12 +42,12 @@ def scan_summary(m: Material) -> ScanSummary:
 def finding(m: Material) -> list[str]:
     """The report in one paragraph."""
     found: SinkMap = m["sinks"]
-    told = [scan_summary(m).sentence(), sink_counts(found)]
-    told += writers(m)[:1]
+    told = [sample_only(len(set(m.tokens.documents))), scan_summary(m).sentence(), sink_counts(found)]
+    told += writers(m)[: len({one.kind for one in m["trace"].traced})] if m["trace"] is not None else []
     told += _effect_sentences(m, modes=("renormalize",))[:2]
     told += key_or_value(m)[:1]
     told += mixing(m)[:1]
-    return told
+    return [sentence for sentence in told if sentence]
 
 
 def sink_counts(found: SinkMap) -> str:
@@ -101,14 +96,15 @@ def writers(m: Material) -> list[str]:
         tested = [r for r in rows_of(table, kind=kind, writer=top["writer"]) if r["proven"] is not None]
         proven = sum(r["proven"] is True for r in tested)
         proof = (
-            f"replacing its output there by that of ordinary tokens proves it in {proven} of {len(tested)} tested"
+            f"replacing its output there by what it writes at tokens of the same id that are no sink proves it in "
+            f"{proven} of {len(tested)} tested"
             if tested
             else "it was not tested by replacement"
         )
         told.append(
             f"{top['writer']} is a writer in {int(top['phases'])} of {phases} phases of {kind} sinks, with a mean "
-            f"share of {number(top['share'], 2)}{between(top['low'], top['high'], 2)} of their stream along the primary's "
-            f"direction; {proof}."
+            f"share of {number(top['share'], 2)}{between(top['low'], top['high'], 2)} of their stream along the "
+            f"primary's direction; {proof}."
         )
     erasers = trace.erasers()
     if len(erasers):
@@ -133,48 +129,41 @@ def key_or_value(m: Material) -> list[str]:
     parts = m["decomposition"]
     if parts is None or "all" not in parts.effects:
         return []
-    told = []
-    documents = len({s.document for s in parts.subjects})
-    for row in parts.effects["all"].to_dataframe().to_dict("records"):
-        unit = "nats per token" if row["metric"] in ("loss", "kl") else "(1 - cosine of the embedding)"
-        what = "the loss" if row["metric"] == "loss" else f"the {row['metric']} measure"
-        sentences = []
-        for name, words in (("mass_part", "The attention that they take"), ("value_part", "what they write")):
-            sentences.append(_part(words, what, row, name, unit, documents))
-        told.append(f"{'; '.join(sentences)}.")
+    row = parts.effects["all"].to_dataframe().to_dict("records")[0]
+    unit = "nats per token" if row["metric"] == "loss" else "(1 - cosine)"
+    what = "the loss" if row["metric"] == "loss" else "the distance from the model's own embedding"
+    sentences = [
+        _part(words, what, row, name, unit)
+        for name, words in (("mass_part", "The attention that they take"), ("value_part", "what they write"))
+    ]
+    told = [f"{'; '.join(sentences)}."]
     if parts.claims is not None:
         for row in parts.claims.to_dataframe().to_dict("records"):
             told.append(_verdict(row))
     return told
 
 
-def _part(who: str, what: str, row: dict[str, Any], name: str, unit: str, documents: int) -> str:
+def _part(who: str, what: str, row: dict[str, Any], name: str, unit: str) -> str:
     value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
     if math.isnan(value):
         return f"{who}: not measured"
     where = side(low, high)
     if where is None:
-        return (
-            f"{who} comes to {value:+.3f} {unit} of {what} in this sample ({documents} document(s): this may be chance)"
-        )
+        return f"{who} comes to {signed(value)} {unit} of {what} in this sample (no interval)"
     if where == 0:
-        return f"{who} has no effect on {what} that can be told from zero ({value:+.3f} {unit}{between(low, high)})"
+        return f"{who} has no effect on {what} that can be told from zero ({signed(value)} {unit}{between(low, high)})"
     span = between(low, high) if where > 0 else between(-high, -low)
     return f"{who} {'raises' if where > 0 else 'lowers'} {what} by {number(abs(value))} {unit}{span}"
 
 
 def _verdict(row: dict[str, Any]) -> str:
-    claim = VERDICTS[row["claim"]]
-    tested = f"{row['test']}: {row['effect']:+.3f}{between(row['low'], row['high'])}"
+    tested = f"{row['test']}: {signed(row['effect'])}{between(row['low'], row['high'])}"
+    decided = f"{row['verdict']} ({tested})"
     words = {
-        "supported": f"The data support {claim} ({tested})",
-        "contradicted": f"The data contradict {claim} ({tested})",
-        "undecided": f"The data do not decide {claim} ({tested})",
-        "nothing to explain": f"Removing the sinks has no effect that can be told from zero, so there is nothing to "
-        f"decide about {claim.removeprefix('that ')}",
-        "not tested": f"It was not tested {claim.replace('that ', 'whether ', 1)}",
+        "nothing to explain": "open, since removing the sinks has no effect that can be told from zero",
+        "not tested": "not tested",
     }
-    return f"{words[row['verdict']]}."
+    return f"{VERDICTS[row['claim']]}: {words.get(row['verdict'], decided)}."
 
 
 def breaks(m: Material) -> list[str]:
@@ -195,10 +184,7 @@ def _effect_sentences(m: Material, modes: tuple[str, ...]) -> list[str]:
             if not own:
                 continue
             row = own[0]
-            documents = documents_of(m)
-            effect = change(
-                "the loss", row["d_loss"], row["d_loss_low"], row["d_loss_high"], "nats per token", documents
-            )
+            effect = change("the loss", row["d_loss"], row["d_loss_low"], row["d_loss_high"], "nats per token")
             beside = []
             for control in m.sizes.controls:
                 other = rows_of(table, label=label, control=control)
@@ -206,7 +192,7 @@ def _effect_sentences(m: Material, modes: tuple[str, ...]) -> list[str]:
                     r = other[0]
                     beside.append(against(CONTROLS[control], r["beyond"], r["beyond_low"], r["beyond_high"], "nats"))
             start = MODES[mode].format(kind=kind)
-            told.append(f"{start}, {effect}{': ' if beside else ''}{'; '.join(beside)}.")
+            told.append(f"{start}, {effect}{'; that is ' if beside else ''}{', and '.join(beside)}.")
     return told
 
 
@@ -215,9 +201,7 @@ def mixing(m: Material) -> list[str]:
     found = m["mixing"]
     if found is None:
         return []
-    base = next(iter(found.conditions.values()))
     table = found.to_dataframe(layers=[-1])
-    documents = len(set(base.tokens.documents))
     labels = [label for label in found.conditions if label.startswith("without")]
     if not labels:
         return ["No sink stands in the tokens whose Jacobians were measured, so there is nothing to compare."]
@@ -226,13 +210,13 @@ def mixing(m: Material) -> list[str]:
         row = rows_of(table, condition=label, index="mix")[0]
         words = times(
             "the part of a token's representation that depends on other ordinary tokens (mix)",
-            row["log_ratio"], row["log_ratio_low"], row["log_ratio_high"], documents,
+            row["log_ratio"], row["log_ratio_low"], row["log_ratio_high"],
         )  # fmt: skip
         noise = rows_of(table, condition=f"noise, same loss as {label}", index="mix")
         if noise:
             r = noise[0]
             words += "; under noise that costs as much loss, " + times(
-                "it", r["log_ratio"], r["log_ratio_low"], r["log_ratio_high"], documents
+                "it", r["log_ratio"], r["log_ratio_low"], r["log_ratio_high"]
             )
         else:
             words += "; there is no control of the same loss (the edit costs none, or the model has no loss)"
