@@ -12,29 +12,30 @@ import torch
 from planted import X, Y, planted_model, row
 
 import sinklens as sl
+from sinklens.report.sizes import QUICK
 from sinklens.tokens import as_tokens
 
-LAYERS = 8
-LENGTH = 64
+LAYERS = 6
+LENGTH = 56
+SMALL = replace(QUICK, mixing_seqs=1, mixing_tokens=5)
 NASTY = ("</script><script>document.title='hit'</script>", "<b>bold</b>", "%{x} %{y}", "<img src=x onerror=alert(1)>")
 
 
 def planted() -> Any:
-    """X is a sink in layers 1 to 7, Y in layers 1 to 4; attention writes a little."""
-    return planted_model(LAYERS, {X: 6.0, Y: 4.5}, {X: range(1, LAYERS), Y: range(1, 5)}, writes=0.02)
+    """X is a sink in layers 1 to 5, Y in layers 1 to 3; attention writes a little."""
+    return planted_model(LAYERS, {X: 6.0, Y: 4.5}, {X: range(1, LAYERS), Y: range(1, 4)}, writes=0.02)
 
 
 def texts(model: Any, count: int = 16) -> sl.Tokens:
     """X first in every text, Y a little later; every text is a document."""
-    return as_tokens(model, torch.stack([row(LENGTH, {0: X, 6 + b % 5: Y}) for b in range(count)]))
+    return as_tokens(model, torch.stack([row(LENGTH, {0: X, 3 + b % 5: Y}) for b in range(count)]))
 
 
 def nasty(tokens: sl.Tokens) -> sl.Tokens:
     """The same ids, their labels such as no page must run, render or fill in."""
     labels = [list(line) for line in tokens.labels]
     for line in labels:
-        line[0], line[6], line[10] = NASTY[0], NASTY[1], NASTY[2]
-        line[7] = NASTY[3]
+        line[0], line[3], line[4], line[5] = NASTY
     return replace(tokens, labels=tuple(tuple(line) for line in labels))
 
 

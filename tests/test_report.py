@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import transformers as tf
 from architectures import build
 from plain_models import IMAGES, TEXT
-from reporting import NASTY, counted_forwards, files_of, nasty, planted, texts
+from reporting import NASTY, SMALL, counted_forwards, files_of, nasty, planted, texts
 from sweeping import SENTENCES, save_models
 from test_tokens import word_tokenizer
 from typer.testing import CliRunner
@@ -22,6 +21,7 @@ from typer.testing import CliRunner
 import sinklens as sl
 from sinklens.cli import app
 from sinklens.report import export as exporting
+from sinklens.report import write as writing
 from sinklens.report.sizes import text_of
 
 STAGES = ("scores", "sinks", "experiment", "decomposition", "trace", "mixing")
@@ -30,20 +30,22 @@ SAID = {"index.html", "report.md", "manifest.json", "references.bib", "reproduce
 
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a browser and seconds; where it is tested, it is asked for."""
+    """Drawing takes a browser and seconds; where it is tested, it is asked for. Jacobians of a few tokens will do."""
     monkeypatch.setattr(exporting, "can_draw", lambda: False)
+    monkeypatch.setattr(writing, "QUICK", SMALL)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any, sl.Tokens]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, sl.Tokens]:
     model = planted()
     tokens = nasty(texts(model))
     folder = tmp_path_factory.mktemp("report") / "planted"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "can_draw", lambda: False)
+        patch.setattr(writing, "QUICK", SMALL)
         page = sl.write_report(model, tokens, folder, quick=True, command=["sinklens", "report"])
     assert page == folder / "index.html"
-    yield folder, model, tokens
+    return folder, model, tokens
 
 
 def test_the_folder_is_complete(written: tuple[Path, Any, sl.Tokens]) -> None:
@@ -295,6 +297,7 @@ def test_figures_are_drawn_once_and_those_of_another_report_put_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
+    monkeypatch.setattr(writing, "QUICK", SMALL)
     assert exporting.can_draw(), "kaleido and a browser belong to the tests (apt-get install chromium)"
     model = planted()
     sl.write_report(model, texts(model, 2), tmp_path, quick=True)
@@ -386,5 +389,5 @@ def test_neurons_are_saved_and_read_again(tmp_path: Path) -> None:
 def test_the_tiny_models_of_these_tests_are_what_they_say() -> None:
     model = planted()
     found = sl.find_sinks(model, texts(model, 2))
-    assert [(s.position, s.kind) for s in found] == [(0, "primary"), (6, "secondary"), (0, "primary"), (7, "secondary")]
+    assert [(s.position, s.kind) for s in found] == [(0, "primary"), (3, "secondary"), (0, "primary"), (4, "secondary")]
     assert isinstance(model.original_model, tf.GPT2LMHeadModel)

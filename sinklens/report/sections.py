@@ -26,7 +26,7 @@ def sections(m: Material) -> list[Section]:
 
 def code_of(m: Material, *names: str) -> str:
     """The lines of some stages."""
-    return "\n".join(stage.code(m) for stage in STAGES if stage.name in names)
+    return "\n".join(stage.code(m) for stage in STAGES if stage.name in names and stage.name in m.results)
 
 
 def _missing(m: Material, *names: str) -> list[str]:

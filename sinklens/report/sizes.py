@@ -19,7 +19,9 @@ class Sizes:
     Attributes:
         n_seqs, seq_len: of a text, where the user gives none; intervals need 16 documents.
         controls: of the ablations.
-        most_proven: sinks per kind and sequence whose writers are replaced.
+        causal: prove writers by replacing what they write; most_proven: of so many sinks per kind and sequence.
+        reference: sequences and tokens of python-docs that lend the trace what the text lacks: tokens of a sink's id
+            that are no sink, directions of other documents.
         split_seqs: sequences whose writers are split into neurons.
         mixing_seqs, mixing_tokens: sequences, and tokens of each, whose Jacobians are measured.
         probes: random vectors per token.
@@ -28,7 +30,9 @@ class Sizes:
     n_seqs: int
     seq_len: int
     controls: tuple[str, ...]
+    causal: bool
     most_proven: int
+    reference: tuple[int, int]
     split_seqs: int
     mixing_seqs: int
     mixing_tokens: int
@@ -36,11 +40,28 @@ class Sizes:
 
 
 FULL = Sizes(
-    n_seqs=16, seq_len=128, controls=("random", "matched"), most_proven=1, split_seqs=8, mixing_seqs=16,
-    mixing_tokens=16, probes=2,
-)  # fmt: skip
+    n_seqs=16,
+    seq_len=128,
+    controls=("random", "matched"),
+    causal=True,
+    most_proven=1,
+    reference=(16, 256),
+    split_seqs=8,
+    mixing_seqs=16,
+    mixing_tokens=16,
+    probes=2,
+)
 QUICK = Sizes(
-    n_seqs=16, seq_len=64, controls=("random",), most_proven=1, split_seqs=2, mixing_seqs=4, mixing_tokens=12, probes=2
+    n_seqs=16,
+    seq_len=64,
+    controls=("random",),
+    causal=False,
+    most_proven=0,
+    reference=(8, 128),
+    split_seqs=2,
+    mixing_seqs=4,
+    mixing_tokens=12,
+    probes=2,
 )
 SHORTEST = FAR + MIN_FAR_QUERIES  # tokens below which no sink can be told
 

@@ -98,10 +98,20 @@ def _decomposition(m: Material) -> tuple[Any, dict[str, Any]]:
 def _trace(m: Material) -> tuple[Any, dict[str, Any]]:
     if not len(m["sinks"]):
         raise sl.BadInputError("no sink was found, so there is no writer to look for")
-    return sl.trace_sinks(
-        m.model, m.tokens, m["sinks"], replacements=REPLACEMENTS, most_proven=m.sizes.most_proven, seed=m.seed,
-        progress=m.progress,
-    ), {}  # fmt: skip
+    count = m.sizes.reference[0]
+    try:
+        reference = sl.load_tokens(m.model, "python-docs", n_seqs=count, seq_len=_reference_length(m))
+    except sl.BadInputError:  # a model without a tokenizer
+        reference = None
+    found = sl.trace_sinks(
+        m.model, m.tokens, m["sinks"], reference=reference, replacements=REPLACEMENTS, causal=m.sizes.causal,
+        most_proven=m.sizes.most_proven, seed=m.seed, progress=m.progress,
+    )  # fmt: skip
+    return found, {"reference": reference is not None}
+
+
+def _reference_length(m: Material) -> int:
+    return min(m.sizes.reference[1], record(m.model).context or m.sizes.reference[1])
 
 
 def _neurons(m: Material) -> tuple[Any, dict[str, Any]]:
@@ -147,6 +157,16 @@ def _experiment_code(m: Material) -> str:
     )
 
 
+def _trace_code(m: Material) -> str:
+    count, length = m.sizes.reference[0], _reference_length(m)
+    given = f'sl.load_tokens(model, "python-docs", n_seqs={count}, seq_len={length})'
+    return (
+        f"reference = {given if m.facts['trace']['reference'] else None}\n"
+        f"trace = sl.trace_sinks(\n    model, tokens, sinks, reference=reference, replacements={REPLACEMENTS!r}, "
+        f"causal={m.sizes.causal},\n    most_proven={m.sizes.most_proven}, seed={m.seed}\n)"
+    )
+
+
 def _mixing_code(m: Material) -> str:
     return (
         f"few = sinks.cut({_mixed(m)!r}, {_mixed_columns(m)})\n"
@@ -181,8 +201,8 @@ STAGES = (
     ),
     Stage(
         "trace", "trace: who writes and who erases them", ("sinks",), _trace, sl.SinkTrace,
-        lambda m: f"trace = sl.trace_sinks(\n    model, tokens, sinks, replacements={REPLACEMENTS!r}, "
-        f"most_proven={m.sizes.most_proven}, seed={m.seed}\n)", _same(20.0),
+_trace_code,
+        _same(20.0),
     ),
     Stage(
         "neurons", "trace: through which neurons", ("trace",), _neurons, sl.Neurons,
