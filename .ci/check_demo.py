@@ -48,5 +48,6 @@ assert f"mlp 2 is a writer in {top.phases} of" in page
 seconds = sum(stage["seconds"] for stage in facts["stages"].values())
 sys.stdout.write(
     f"demo: sink rate {rate:.3f} {interval}, loss +{gone.d_loss:.3f} without primary sinks, "
-    f"{len(facts['files']['tables'])} tables, {len(facts['files']['figures'])} figures, page {len(page.encode())} bytes, stages {seconds:.0f} s\n"
+    f"{len(facts['files']['tables'])} tables, {len(facts['files']['figures'])} figures, "
+    f"page {len(page.encode())} bytes, stages {seconds:.0f} s\n"
 )
