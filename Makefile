@@ -11,9 +11,9 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# Fetch the default model (93 MB, once), scan it for attention sinks, write demo/scan.html.
+# Fetch the default model (93 MB, once) and write a report of its sinks: demo/index.html. QUICK=1 takes less text.
 demo: setup
-	$(BIN)/sinklens scan --out demo
+	$(BIN)/sinklens report $(if $(QUICK),--quick) --out demo
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
     from sinklens.mixing import compare_mixing, measure_mixing
+    from sinklens.mixing_conditions import MixingConditions, mixing_conditions
     from sinklens.mixing_page import write_mixing
     from sinklens.mixing_result import Mixing, MixingComparison
     from sinklens.mixing_sweeps import jacobian_norms, mixing_by_length
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from sinklens.proof import Capabilities, capabilities
     from sinklens.readers import reading_heads
     from sinklens.registers import Registers, register_tokens
+    from sinklens.report.write import write_report
     from sinklens.residual_edits import ablate_residual
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
@@ -68,7 +70,7 @@ if TYPE_CHECKING:
     from sinklens.two_by_two import Claims, TwoByTwo
     from sinklens.variants import BosVariants, bos_variants
     from sinklens.verdicts import Verdict
-    from sinklens.views import TokenView, attention_grid, attention_map
+    from sinklens.views import TokenView, attention_grid, attention_map, attention_view
     from sinklens.vocabulary import NamedTokens, named_tokens
 
 __version__ = "0.1.0"
@@ -89,6 +91,7 @@ _HOMES = {
     "MatchedDamage": "damage",
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
+    "MixingConditions": "mixing_conditions",
     "NamedTokens": "vocabulary",
     "Neurons": "neurons",
     "PathSums": "path_sum",
@@ -116,6 +119,7 @@ _HOMES = {
     "ablate_sinks": "ablate",
     "attention_grid": "views",
     "attention_map": "views",
+    "attention_view": "views",
     "attention_statistics": "head_statistics",
     "bos_variants": "variants",
     "capabilities": "proof",
@@ -135,6 +139,7 @@ _HOMES = {
     "measure_collapse": "collapse",
     "measure_mixing": "mixing",
     "mixing_by_length": "mixing_sweeps",
+    "mixing_conditions": "mixing_conditions",
     "named_tokens": "vocabulary",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
@@ -158,6 +163,7 @@ _HOMES = {
     "write_experiment": "experiment_page",
     "write_images": "image_page",
     "write_mixing": "mixing_page",
+    "write_report": "report.write",
     "write_scan": "scan",
     "write_sinks": "sink_page",
     "write_trace": "trace_page",
@@ -181,6 +187,7 @@ __all__ = [
     "MatchedDamage",
     "Mixing",
     "MixingComparison",
+    "MixingConditions",
     "NamedTokens",
     "Neurons",
     "PathSums",
@@ -208,6 +215,7 @@ __all__ = [
     "ablate_sinks",
     "attention_grid",
     "attention_map",
+    "attention_view",
     "attention_statistics",
     "bos_variants",
     "capabilities",
@@ -227,6 +235,7 @@ __all__ = [
     "measure_collapse",
     "measure_mixing",
     "mixing_by_length",
+    "mixing_conditions",
     "named_tokens",
     "norm_and_mass",
     "patch_bos",
@@ -250,6 +259,7 @@ __all__ = [
     "write_experiment",
     "write_images",
     "write_mixing",
+    "write_report",
     "write_scan",
     "write_sinks",
     "write_trace",

@@ -64,7 +64,8 @@ def mix(
         warnings.simplefilter("ignore", sl.SinklensWarning)
         whole = sl.find_sinks(loaded, tokens)
     sinks = whole.cut(range(len(tokens)), first) if sl.capabilities(loaded).causal else whole
-    edits, losses = _edits(loaded, sinks, factors, control=control, seed=seed)
+    conditions = sl.mixing_conditions(loaded, sinks, doses=factors, control=control, seed=seed)
+    edits, losses = conditions.edits, conditions.losses
     shared: dict[str, Any] = {"sinks": sinks, "seed": seed}
     found = sl.compare_mixing(
         loaded, sinks.tokens, edits, probes=probes, layer=layer, frozen_attention=frozen_attention,
@@ -86,40 +87,6 @@ def mix(
         say_written(
             sl.write_mixing(found, out, losses=losses, swaps=perturbed, collapse=alike, bound=bounds, command=command)
         )
-
-
-def _edits(
-    model: Any, sinks: Any, factors: tuple[float, ...], *, control: bool, seed: int
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """The conditions, and the loss of each where the model predicts tokens."""
-    import sinklens as sl
-
-    edits: dict[str, Any] = {}
-    for kind in ("primary", "secondary", "undetermined"):
-        chosen = sinks.where(kind=kind)
-        if len(chosen):
-            edits[f"without {kind} sinks"] = sl.ablate_sinks(model, chosen)
-    if len(sinks.primary):
-        edits |= {f"primary x {g:g}": sl.ablate_sinks(model, sinks.primary, "scale", g=g) for g in factors}
-    elif factors:
-        raise BadInputError("--doses scales the primary sink, and this text has none")
-    losses: dict[str, float] = {}
-    try:
-        losses = {
-            label: float(sl.token_loss(model, sinks.tokens, hooks=hooks).double().nanmean())
-            for label, hooks in {"base": [], **edits}.items()
-        }
-    except sl.UnsupportedModelError:
-        return edits, {}
-    for label in list(edits) if control else ():
-        if label.startswith("without"):
-            try:
-                matched = sl.matched_damage(model, sinks.tokens, edits[label], seed=seed, progress=False)
-            except BadInputError:
-                continue  # it costs nothing, or nothing reaches it
-            edits[f"noise, same loss as {label}"] = matched.hooks
-            losses[f"noise, same loss as {label}"] = matched.loss
-    return edits, losses
 
 
 def show(found: Any, losses: dict[str, float]) -> None:

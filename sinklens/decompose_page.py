@@ -17,6 +17,8 @@ from sinklens.score_terms import PARAMETERS
 CAPTIONS = {
     "gap": "Bars sum to the gap (diamond): the sink's score above the mean score of the tokens that are no sink.",
     "components": "Red: this component's output stands in the sink's own key and raises its score; blue: it lowers it.",
+    "parts": "Left of the dotted line: the model is better for having it, right: worse. A whisker across the line says "
+    "that no effect can be told.",
     "plane": "Left: the model is better for the mass that the sink takes; below: for what it writes.",
 }
 

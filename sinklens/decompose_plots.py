@@ -30,6 +30,12 @@ WORDS = {
     "position": "position term",
 }
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#999999")  # Okabe and Ito: safe for colour-blind
+PART_WORDS = {
+    "mass_part": "mass part: the attention that they take",
+    "value_part": "value part: what they write",
+    "interaction": "interaction: beyond both alone",
+    "total": "total: having them",
+}
 MOST_BARS = 48
 GREY = "#7b8794"
 NOTHING = "no {kind} sink is alive in the layers that were taken apart and seen by a query 16 or more tokens away"
@@ -104,7 +110,7 @@ def component_map(found: SinkDecomposition, kind: str | None) -> go.Figure:
     )
     figure.update_xaxes(title="component whose output stands in the sink's key", showgrid=False, tickangle=-90)
     figure.update_xaxes(tickfont={"size": 9}, dtick=1)
-    figure.update_yaxes(title="layer whose heads read it", showgrid=False)
+    figure.update_yaxes(title="layer whose heads read it", showgrid=False, dtick=5 if len(grid.index) > 12 else 1)
     title = (
         f"Who writes what the heads read: {kind} sinks<br><sup>parts of the score that stand in the sink's own key, "
         f"mean over heads; blank: comes later</sup>"
@@ -166,6 +172,58 @@ def plane(found: SinkDecomposition, metric: str) -> go.Figure:
         f"{square.length} tokens; parts are not additive</sup>"
     )
     return themed(figure, title, height=520, width=720)
+
+
+def parts(found: SinkDecomposition) -> go.Figure:
+    """The 2x2 of all heads at once: mass part, value part, interaction and total with their intervals.
+
+    Raises:
+        BadInputError: a decomposition without the 2x2 of all heads.
+    """
+    square = found.effects.get("all")
+    if square is None:
+        raise BadInputError("this decomposition has no 2x2 of all heads: decompose_sinks(..., effects=('all',))")
+    figure = go.Figure()
+    words = [PART_WORDS[name] for name in PART_WORDS]
+    for row, colour in zip(square.to_dataframe().to_dict("records"), (ACCENT, COLOURS[0], COLOURS[2]), strict=False):
+        values = [row[name] for name in PART_WORDS]
+        spans = [_span(row, name) for name in PART_WORDS]
+        figure.add_scatter(
+            x=values,
+            y=words,
+            mode="markers",
+            name=row["metric"],
+            marker={"color": colour, "size": 11},
+            error_x={
+                "visible": any(low == low for low, _ in spans),
+                "type": "data",
+                "symmetric": False,
+                "array": [high - v if high == high else 0 for v, (_, high) in zip(values, spans, strict=True)],
+                "arrayminus": [v - low if low == low else 0 for v, (low, _) in zip(values, spans, strict=True)],
+                "thickness": 1.5,
+            },
+            customdata=[list(span) for span in spans],
+            hovertemplate="%{y}<br>%{x:.4f} [%{customdata[0]:.4f}, %{customdata[1]:.4f}]<extra></extra>",
+        )
+    metrics = list(square.values)
+    unit = "nats per token" if set(metrics) <= {"loss", "kl"} else "1 - cosine of the embedding"
+    figure.add_vline(0, line={"color": INK, "width": 1, "dash": "dot"})
+    figure.update_xaxes(title=f"part of the {' and '.join(metrics)} ({unit}); negative: lowers it", zeroline=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
+    figure.update_layout(
+        showlegend=len(metrics) > 1,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+    )
+    documents = len(set(square.documents))
+    bars = "whiskers: 95 % intervals" if documents >= 16 else "too few documents for intervals"
+    title = (
+        f"Through their key or through their value?<br><sup>all heads at once, {documents} document(s); {bars}</sup>"
+    )
+    return themed(figure, title, height=330)
+
+
+def _span(row: dict[str, Any], name: str) -> tuple[float, float]:
+    return row[f"{name}_low"], row[f"{name}_high"]
 
 
 def _bars(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -240,7 +240,7 @@ class SinkDecomposition:
         """``"gap"``: contributions to the gap of every head, stacked, by ``split`` ("means", "parameters", "geometry").
 
         ``"components"``: layer x component map of what stands in the sink's own key; ``"plane"``: mass part against
-        value part, a dot per head (or layer, where heads were not measured).
+        value part, a dot per head (or layer, where heads were not measured); ``"parts"``: both, of all heads at once.
         """
         from sinklens import decompose_plots
 
@@ -250,8 +250,10 @@ class SinkDecomposition:
             return decompose_plots.component_map(self, kind)
         if what == "plane":
             return decompose_plots.plane(self, metric)
+        if what == "parts":
+            return decompose_plots.parts(self)
         raise BadInputError(
-            f"plot() draws 'gap' (split={', '.join(SPLITS)}), 'components' or 'plane'; got {what!r}, {split!r}"
+            f"plot() draws 'gap' (split={', '.join(SPLITS)}), 'components', 'plane' or 'parts'; got {what!r}, {split!r}"
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

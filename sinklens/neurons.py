@@ -7,8 +7,10 @@ scale frozen it splits over the components that wrote the stream.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -24,6 +26,7 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.offload import real_weights
 from sinklens.proof import capabilities, has_hook
+from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat, stream_hooks
 from sinklens.trace_result import WRITER, SinkTrace, Traced
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 CARRY = 0.9
 COMPARED = 16  # tokens whose pre-activations stand beside the sink's
 TOLERANCE = 1e-3
+_TABLES = ("neurons", "writers", "ablations", "feeds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,18 @@ class Neurons:
         from sinklens.trace_plots import neuron_bars
 
         return neuron_bars(self, number)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the tables as one file, whole or not at all."""
+        tables = {name: getattr(self, name).to_dict("split") for name in _TABLES}
+        return save_tensors(path, "Neurons", {}, {"tables": tables, "notes": list(self.notes)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Neurons:
+        """Read what :meth:`save` wrote."""
+        _, meta = load_tensors(path, "Neurons")
+        tables = {name: pd.DataFrame(**meta["tables"][name]) for name in _TABLES}
+        return cls(**tables, notes=tuple(meta["notes"]))
 
 
 def writer_neurons(

@@ -71,19 +71,22 @@ def _layer_by_head(numbers: torch.Tensor, title: str, bar: str, hover: str) -> g
     return themed(figure, title, height=max(320, 130 + 17 * layers), width=max(420, 200 + 34 * heads))
 
 
-def position_map(scores: SinkScores, sequence: int = 0) -> go.Figure:
-    """Layer x position heat map of one sequence: mean importance over heads, far importance where it is defined."""
+def position_map(scores: SinkScores, sequence: int = 0, columns: int | None = None) -> go.Figure:
+    """Layer x position heat map of one sequence: mean importance over heads, far importance where it is defined.
+
+    ``columns``: only the first so many tokens.
+    """
     if not 0 <= sequence < len(scores.tokens):
         raise BadInputError(f"sequence {sequence} is out of range: there are {len(scores.tokens)}")
-    length = int(scores.tokens.lengths[sequence])
+    whole = int(scores.tokens.lengths[sequence])
+    length = whole if columns is None else min(columns, whole)
     alpha = scores.alpha[sequence, ..., :length].double().mean(1)
     beta = scores.beta[sequence, ..., :length].double().mean(1)
     far = not bool(beta.isnan().all())
     labels = scores.tokens.labels[sequence]
     hover = [
         [
-            f"layer {layer}, position {p}: {escape_hover(repr(labels[p]))}<br>alpha {float(alpha[layer, p]):.3f}, "
-            f"beta {float(beta[layer, p]):.3f}"
+            f"{escape_hover(repr(labels[p]))}<br>alpha {float(alpha[layer, p]):.3f}, beta {float(beta[layer, p]):.3f}"
             for p in range(length)
         ]
         for layer in range(scores.n_layers)
@@ -92,7 +95,7 @@ def position_map(scores: SinkScores, sequence: int = 0) -> go.Figure:
         go.Heatmap(
             z=(beta if far else alpha).tolist(),
             text=hover,
-            hovertemplate="%{text}<extra></extra>",
+            hovertemplate="layer %{y}, position %{x}: %{text}<extra></extra>",
             colorscale=SCALE,
             zmin=0,
             zmax=0.5,
@@ -100,7 +103,7 @@ def position_map(scores: SinkScores, sequence: int = 0) -> go.Figure:
         )
     )
     figure.update_xaxes(title="position (tokens from the first unpadded one)", showgrid=False)
-    figure.update_yaxes(title="layer", showgrid=False)
+    figure.update_yaxes(title="layer", showgrid=False, zeroline=False, dtick=5 if scores.n_layers > 12 else 1)
     what = (
         "far importance beta, colours saturate at 0.5; blank where fewer than 32 far queries see the token"
         if far

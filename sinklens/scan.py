@@ -11,14 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from sinklens.pages import manifest, render
+from sinklens.pages import STRIP_TOKENS, manifest, render, text_strip
 from sinklens.plots import head_map, layer_profile, position_map
 from sinklens.results import atomic_path, write_text
 from sinklens.scores import SinkScores
 from sinklens.statistics import MIN_DOCUMENTS
 
 TOP_TOKENS = 12
-STRIP_TOKENS = 160
 
 
 @dataclass(frozen=True)
@@ -134,21 +133,3 @@ def page(scores: SinkScores, summary: ScanSummary, facts: dict[str, Any]) -> str
         tokens=summary.top_tokens.to_dict("records"),
         manifest=json.dumps(facts, indent=1),
     )
-
-
-def text_strip(scores: SinkScores, sequence: int) -> list[dict[str, Any]]:
-    """The tokens of one sequence with the shade of each: its mean beta, None where beta is undefined."""
-    alpha = scores.alpha[sequence].double().mean((0, 1))
-    beta = scores.beta[sequence].double().nanmean((0, 1))
-    strip = []
-    for p, label in enumerate(scores.tokens.labels[sequence][:STRIP_TOKENS]):
-        strength = None if beta[p].isnan() else min(1.0, 2.5 * float(beta[p]))
-        strip.append(
-            {
-                "text": label.replace("\n", "\u21b5") or "\u00b7",
-                "breaks": "\n" in label,
-                "hover": f"position {p}, alpha {float(alpha[p]):.3f}, beta {float(beta[p]):.3f}",
-                "shade": strength,
-            }
-        )
-    return strip

@@ -179,11 +179,11 @@ class SinkScores:
 
         return image_map(self, image, layers, heads=heads)
 
-    def plot_positions(self, sequence: int = 0) -> Figure:
-        """Layer x position heat map of one sequence: where the sinks are."""
+    def plot_positions(self, sequence: int = 0, columns: int | None = None) -> Figure:
+        """Layer x position heat map of one sequence, or of its first ``columns`` tokens: where the sinks are."""
         from sinklens.plots import position_map
 
-        return position_map(self, sequence)
+        return position_map(self, sequence, columns)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything as one safetensors file with a JSON header, whole or not at all."""

@@ -39,16 +39,18 @@ def timeline(sinks: SinkMap) -> go.Figure:
         story = (
             f"{escape_hover(name)}: {sink.kind}{reason}<br>layers {sink.onset} to {sink.end}, mean mass {sink.mass:.3f}"
         )
-        hover.append([f"{story}<br>layer {layer}: {sink.masses[layer]:.3f}" for layer in range(sinks.n_layers)])
+        hover.append([story if here else "" for here in alive])
     rows = list(range(len(shown)))
     figure = go.Figure(
         go.Heatmap(
             z=grid,
             y=rows,
             text=hover,
-            hovertemplate="%{text}<extra></extra>",
+            hovertemplate="%{text}<br>layer %{x}: mass %{z:.3f}<extra></extra>",
+            hoverongaps=False,
             colorscale=SCALE,
             zmin=0,
+            zmax=max((v for line in grid for v in line if v is not None and v == v), default=1.0),
             xgap=1,
             ygap=3,
             colorbar={"title": "mass", "outlinewidth": 0},

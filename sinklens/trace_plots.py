@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
@@ -71,6 +72,55 @@ def contribution_bars(trace: SinkTrace, sink: int | None = None) -> go.Figure:
         f"primary's direction in other sequences; each phase at its reference layer; above: mass by layer</sup>"
     )
     return themed(figure, title, height=620)
+
+
+def share_bars(trace: SinkTrace, smallest: float = 0.02) -> go.Figure:
+    """Mean share of every component before the reference layer, by kind of sink, with intervals over documents.
+
+    Components whose share is below ``smallest`` in size for every kind are left out.
+
+    Raises:
+        BadInputError: an empty trace.
+    """
+    if not trace.traced:
+        raise BadInputError("this trace is empty: the map held no sink")
+    kinds = list(dict.fromkeys(one.kind for one in trace.traced))
+    tables = {kind: {r["component"]: r for r in trace.shares(kind).to_dict("records")} for kind in kinds}
+    order = list(dict.fromkeys(component_name(c) for one in trace.traced for c in one.components))
+    named = [n for n in order if any(abs(t[n]["share"]) >= smallest for t in tables.values() if n in t)]
+    figure = go.Figure()
+    for kind, colour in zip(kinds, (ACCENT, BLUE, "#009e73"), strict=False):
+        nothing = {"share": math.nan, "low": math.nan, "high": math.nan}
+        known = [tables[kind].get(name, nothing) for name in named]
+        spans = [row["low"] == row["low"] for row in known]
+        figure.add_bar(
+            x=named,
+            y=[row["share"] for row in known],
+            name=f"{kind} sinks",
+            marker_color=colour,
+            error_y={
+                "visible": any(spans),
+                "type": "data",
+                "symmetric": False,
+                "array": [r["high"] - r["share"] if k else 0 for r, k in zip(known, spans, strict=True)],
+                "arrayminus": [r["share"] - r["low"] if k else 0 for r, k in zip(known, spans, strict=True)],
+                "thickness": 1.2,
+                "color": INK,
+            },
+            hovertemplate="%{x}: %{y:.3f} of the stream along u<extra></extra>",
+        )
+    figure.add_hline(0, line={"color": INK, "width": 1})
+    figure.update_xaxes(title="component, in the order of writing", type="category", tickangle=-90, dtick=1)
+    figure.update_yaxes(title="share of the stream along u")
+    figure.update_layout(
+        barmode="group", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"}
+    )
+    documents = len({one.document for one in trace.traced})
+    title = (
+        f"Who writes the sinks<br><sup>mean over the sinks of {documents} document(s); components below "
+        f"{smallest:g} are left out; u: the primary's direction in other documents</sup>"
+    )
+    return themed(figure, title, height=440)
 
 
 def dose_curves(trace: SinkTrace, kind: str | None = None) -> go.Figure:

@@ -44,7 +44,8 @@ class TokenView:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the view as a page of its own."""
-        write_text(path, f'<!doctype html><html><head><meta charset="utf-8"></head><body>{self.html}</body></html>\n')
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{self.html}</body></html>\n')
         return Path(path)
 
 
@@ -64,10 +65,42 @@ def token_view(sinks: SinkMap, sequence: int = 0) -> TokenView:
             f"token_view draws up to {LONGEST_VIEW} tokens, this sequence has {len(labels)}; use plot()"
         )
     mass = sinks.mass[sequence, :, : len(labels)].nan_to_num(0.0)
-    shown = [_visible_token(label).replace("<", _LESS_THAN) for label in labels]
     names = [f"layer {layer}" for layer in range(sinks.n_layers)]
-    source = str(colored_tokens_multi(shown, mass.T.contiguous(), labels=names).local_src)
-    script, call = source.rsplit("CircuitsVis.render(", 1)
+    return _offline(colored_tokens_multi(_hidden(labels), mass.T.contiguous(), labels=names))
+
+
+def attention_view(
+    model: TransformerBridge, text: str | Sequence[str] | Tensor | Tokens, *, layer: int, sequence: int = 0
+) -> TokenView:
+    """The attention of every head of a layer as circuitsvis draws it: small maps, one of them large; works offline.
+
+    Raises:
+        BadInputError: no such layer or sequence, or more than 64 tokens.
+    """
+    from circuitsvis.attention import attention_heads
+
+    facts = capabilities(model)
+    _check_choice(facts, [layer], 0, "probabilities")
+    one = _one_sequence(model, text, sequence, LONGEST_GRID)
+    name = attention_hook(layer, "hook_pattern")
+    weights = collect(model, one.ids, [name])[name].float().cpu().nan_to_num(0.0)
+    heads = [f"layer {layer}, head {head}" for head in range(facts.n_heads)]
+    rounded = [[[round(value, 4) for value in row] for row in head] for head in weights.tolist()]
+    drawn = attention_heads(
+        rounded, _hidden(one.labels[0]), attention_head_names=heads, max_value=1.0, min_value=0.0,
+        mask_upper_tri=facts.causal,
+    )  # fmt: skip
+    return _offline(drawn)
+
+
+def _hidden(labels: Sequence[str]) -> list[str]:
+    """Tokens as circuitsvis may write them into its script."""
+    return [_visible_token(label).replace("<", _LESS_THAN) for label in labels]
+
+
+def _offline(drawn: Any) -> TokenView:
+    """What circuitsvis drew, with its script inside and every '<' of a token escaped."""
+    script, call = str(drawn.local_src).rsplit("CircuitsVis.render(", 1)
     escaped = call.replace(r"\ue000", r"\u003c")
     return TokenView(f"{script}CircuitsVis.render({escaped}".replace('margin: 15px 0;"/>', 'margin: 15px 0;"></div>'))
 

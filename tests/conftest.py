@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from browsing import browser, visit  # noqa: F401  (fixtures)
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
