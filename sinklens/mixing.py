@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
@@ -74,6 +75,7 @@ class _Way:
         return f"d block output / d input of block {self.layer}, " + ", ".join(state)
 
 
+@public
 def measure_mixing(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
@@ -128,6 +130,7 @@ def measure_mixing(
     return _measure(model, tokens, {BASE: hooks}, sinks, way, progress)[BASE]
 
 
+@public
 def compare_mixing(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

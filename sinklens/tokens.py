@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.plain import PlainModel
@@ -197,6 +198,7 @@ class Tokens:
         return cls.from_parts(*load_tensors(path, "Tokens"))
 
 
+@public
 def load_tokens(
     model: TransformerBridge | PlainModel,
     source: str | os.PathLike[str] | Sequence[str] = "python-docs",
