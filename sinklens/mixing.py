@@ -181,6 +181,8 @@ def _measure(
     own, source = sinks_of(model, batch, sinks)
     draw = torch.Generator().manual_seed(way.seed)
     positions = tuple(_drawn(int(n), s, way.most, draw) for n, s in zip(batch.lengths.tolist(), own, strict=True))
+    if not 0 <= way.layer < facts.n_layers:
+        raise BadInputError(f"layer {way.layer} is out of range: the model has {facts.n_layers}")
     depth = facts.n_layers - way.layer
     found = {label: {name: torch.full((len(batch), depth), math.nan) for name in INDICES} for label in conditions}
     maps: dict[str, list[Tensor]] = {label: [] for label in conditions}

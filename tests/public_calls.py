@@ -378,7 +378,8 @@ def used(found: Any, model: Any, world: World) -> Any:
             model.run_with_hooks(world.tokens.ids, attention_mask=world.tokens.mask, fwd_hooks=found, return_type=None)
     elif isinstance(found, contextlib._GeneratorContextManager):
         with found, torch.no_grad():
-            model(world.tokens.ids)
+            if model is world.model:
+                model(world.tokens.ids)
         return None
     return found
 

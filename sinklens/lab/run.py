@@ -108,7 +108,11 @@ def load_runs(folder: str | os.PathLike[str]) -> list[LabRun]:
     Raises:
         BadInputError: there is none.
     """
-    runs = [_load(path.parent) for path in sorted(Path(folder).rglob("result.json"))]
+    try:
+        found = sorted(Path(folder).rglob("result.json"))
+    except OSError as error:
+        raise BadInputError(f"cannot look through {os.fspath(folder)!r}: {error}") from error
+    runs = [_load(path.parent) for path in found]
     if not runs:
         raise BadInputError(f"no finished run in {os.fspath(folder)!r}; make some with 'sinklens lab run'")
     return runs
