@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
@@ -24,6 +25,7 @@ from sinklens.tokens import Tokens
 WITHOUT_LEARNED = ("zero", "value_only", "mean_value", "fixed_key")
 
 
+@public
 def ablate_sinks(
     model: TransformerBridge,
     sinks: Sinks,

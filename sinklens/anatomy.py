@@ -37,6 +37,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import (
     allowed_keys,
     attention_hook,
@@ -122,6 +123,7 @@ class Anatomy:
         return Path(folder)
 
 
+@public
 def sink_anatomy(model: TransformerBridge, sinks: SinkMap, *, progress: bool | None = None) -> Anatomy:
     """Describe every sink of a map per layer and head, and classify the heads.
 

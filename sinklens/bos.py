@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import attention_hook, block_input, block_output, grouped_by_head, unrotated_keys
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import Forward
@@ -44,6 +45,7 @@ def site_hook(model: TransformerBridge, layer: int, site: str) -> str:
     }[site]
 
 
+@public
 def patch_bos(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
@@ -118,6 +119,7 @@ class Collapse:
         )
 
 
+@public
 def measure_collapse(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

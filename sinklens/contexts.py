@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError, SinklensWarning
 from sinklens.lives import Thresholds
 from sinklens.plain import PlainModel
@@ -21,6 +22,7 @@ from sinklens.tokens import Tokens, load_tokens
 CONTEXTS = ("natural", "shuffled", "random", "repeat")
 
 
+@public
 def compare_contexts(
     model: TransformerBridge | PlainModel,
     source: str = "python-docs",

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import block_input
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
@@ -49,6 +50,7 @@ class MatchedDamage:
         return f"MatchedDamage({self.kind}, size {self.size:.4g}: {words})"
 
 
+@public
 def matched_damage(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
@@ -31,6 +32,7 @@ from sinklens.tokens import Tokens, as_tokens, load_tokens
 from sinklens.two_by_two import Claims, TwoByTwo
 
 
+@public
 def decompose_sinks(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from sinklens.arguments import public
 from sinklens.decomposition import SinkDecomposition
 from sinklens.pages import html_table, manifest, render
 from sinklens.results import atomic_path, write_text
@@ -23,6 +24,7 @@ CAPTIONS = {
 }
 
 
+@public
 def write_decomposition(
     found: SinkDecomposition, out: str | os.PathLike[str], *, command: Sequence[str] = ()
 ) -> dict[str, Path]:

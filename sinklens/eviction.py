@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning
 from sinklens.proof import capabilities
@@ -156,6 +157,7 @@ def _names(study: EvictionStudy) -> list[tuple[str, int | None]]:
     return [(c.keeps, c.recent) for c in study.caches]
 
 
+@public
 def eviction_study(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

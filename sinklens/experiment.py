@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.flash_backend import Flash, flash, hooked
@@ -36,6 +37,7 @@ from sinklens.watch import Watch
 Intervention = Sequence[tuple[Any, Callable[..., Any]]] | Callable[[Tokens], Hooks]
 
 
+@public
 def run_experiment(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sinklens.arguments import public
 from sinklens.outcome import Experiment
 from sinklens.pages import html_table, manifest, render
 from sinklens.results import atomic_path, write_text
 
 
+@public
 def write_experiment(
     experiment: Experiment, out: str | os.PathLike[str], *, title: str = "interventions", command: Sequence[str] = ()
 ) -> dict[str, Path]:

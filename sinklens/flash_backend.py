@@ -27,6 +27,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
+from sinklens.arguments import public, turn
 from sinklens.attention import attention_hook
 from sinklens.errors import SinklensError, UnsupportedModelError
 from sinklens.kernels import View, blocked, fused, fused_takes
@@ -205,6 +206,7 @@ def busy(model: TransformerBridge) -> bool:
     return Flash(model).hooked()
 
 
+@public
 @contextlib.contextmanager
 def flash(model: TransformerBridge | PlainModel) -> Iterator[Flash]:
     """Run a model's attention by the flash backend: O(T) memory, no patterns; all other hooks of a bridge keep firing.
@@ -251,7 +253,12 @@ def hooked(model: TransformerBridge) -> Iterator[Flash | None]:
 
 @contextlib.contextmanager
 def switched(model: TransformerBridge, state: Flash | None) -> Iterator[Flash | None]:
-    """Put a state in force, and restore what was there, whatever happens inside."""
+    """Put a state in force, and restore what was there, whatever happens inside; other threads wait for their turn."""
+    with turn(model):
+        yield from _switched(model, state)
+
+
+def _switched(model: TransformerBridge, state: Flash | None) -> Iterator[Flash | None]:
     if model not in _hosts:
         _hosts[model] = _found(model)
     host = _hosts[model]

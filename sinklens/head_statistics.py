@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, value_bias
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -108,6 +109,7 @@ class AttentionStatistics:
         return cls(**{"entropy": None, **own}, sinks=sinks, tokens=tokens, info=meta["info"])
 
 
+@public
 def attention_statistics(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.image_plots import image_map
 from sinklens.images import Images
@@ -19,6 +20,7 @@ from sinklens.sinks import from_scores
 MOST_PICTURES = 8  # with a map on the page
 
 
+@public
 def write_images(
     scores: SinkScores, registers: Registers, out: str | os.PathLike[str], *, command: Sequence[str] = ()
 ) -> dict[str, Path]:

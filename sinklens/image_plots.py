@@ -13,6 +13,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError, SinklensError
 from sinklens.images import Images
 from sinklens.plots import ACCENT, COLOURS, INK, MUTED, SCALE, band, escape_hover, themed
@@ -26,6 +27,7 @@ PANEL = 300  # pixels of a picture's longer side
 LEAST = 0.25  # the colour scale begins at a quarter of the uniform share
 
 
+@public
 def image_map(
     scores: SinkScores, image: int = 0, layers: Sequence[int] | None = None, *, heads: Sequence[int] | None = None
 ) -> go.Figure:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.tokens import Tokens, reads_images
@@ -159,6 +160,7 @@ def images_from_parts(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Image
     )
 
 
+@public
 def load_images(
     model: PlainModel | TransformerBridge,
     sources: Picture | Sequence[Picture],

@@ -10,11 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.predictions import check_masking, drawn, predictions
 from sinklens.tokens import Tokens, as_tokens
 
 
+@public
 def token_loss(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
@@ -74,6 +75,7 @@ class _Way:
         return f"d block output / d input of block {self.layer}, " + ", ".join(state)
 
 
+@public
 def measure_mixing(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
@@ -128,6 +130,7 @@ def measure_mixing(
     return _measure(model, tokens, {BASE: hooks}, sinks, way, progress)[BASE]
 
 
+@public
 def compare_mixing(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
@@ -178,6 +181,8 @@ def _measure(
     own, source = sinks_of(model, batch, sinks)
     draw = torch.Generator().manual_seed(way.seed)
     positions = tuple(_drawn(int(n), s, way.most, draw) for n, s in zip(batch.lengths.tolist(), own, strict=True))
+    if not 0 <= way.layer < facts.n_layers:
+        raise BadInputError(f"layer {way.layer} is out of range: the model has {facts.n_layers}")
     depth = facts.n_layers - way.layer
     found = {label: {name: torch.full((len(batch), depth), math.nan) for name in INDICES} for label in conditions}
     maps: dict[str, list[Tensor]] = {label: [] for label in conditions}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from sinklens.arguments import public
 from sinklens.mixing_result import MixingComparison
 from sinklens.pages import html_table, manifest, render
 from sinklens.results import atomic_path, write_text
@@ -33,6 +34,7 @@ CAPTIONS = {
 }
 
 
+@public
 def write_mixing(
     found: MixingComparison,
     out: str | os.PathLike[str],

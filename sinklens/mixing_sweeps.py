@@ -9,6 +9,7 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.jacobians import Stream, exact_columns, fitting_chunk, spectral_norm
@@ -20,6 +21,7 @@ from sinklens.tokens import Tokens, as_tokens
 STEPS = 200
 
 
+@public
 def mixing_by_length(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
@@ -61,6 +63,7 @@ def mixing_by_length(
     return pd.concat(parts, ignore_index=True)
 
 
+@public
 def jacobian_norms(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -26,6 +26,7 @@ from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
+from sinklens.arguments import public
 from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.offload import input_device, offloaded
@@ -43,6 +44,7 @@ _native_tokenizers: WeakKeyDictionary[TransformerBridge, PreTrainedTokenizerBase
 _headless: WeakKeyDictionary[TransformerBridge, bool] = WeakKeyDictionary()
 
 
+@public
 def load_model(
     name: str | os.PathLike[str] | PreTrainedModel | NativeModel | TransformerBridge | PlainModel,
     *,

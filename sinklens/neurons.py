@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import block_output, mlp_of, original
 from sinklens.components import Component, Contributions, component_name
 from sinklens.console import progress_bar
@@ -105,6 +106,7 @@ class Neurons:
         return cls(**tables, notes=tuple(meta["notes"]))
 
 
+@public
 def writer_neurons(
     model: TransformerBridge,
     trace: SinkTrace,

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import (
     block_input,
     block_output,
@@ -100,6 +101,7 @@ class PathSums:
         return Path(path)
 
 
+@public
 def path_sums(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

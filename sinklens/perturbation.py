@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -202,6 +203,7 @@ class Perturbation:
         )
 
 
+@public
 def perturbation_spread(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

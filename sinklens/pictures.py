@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+from sinklens.arguments import public
 from sinklens.embedded import Wheel, build_folder, cache_dir, fetch_wheel, is_complete, wheel_path
 
 NAMES = ("astronaut", "chelsea", "coffee")
@@ -15,6 +16,7 @@ _WHEEL = Wheel(
 )
 
 
+@public
 def sample_images() -> list[Path]:
     """A portrait (NASA, public domain), a cat (by S. van der Walt, CC0) and a cup of coffee (by R. Michetti, CC0).
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from sinklens.arguments import turn
 from sinklens.attention import allowed_keys, row_blocks
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.flash_backend import Flash
@@ -83,7 +84,7 @@ def plain_flash(model: PlainModel) -> Iterator[Flash]:
         layer = layer_of[module]
         return state.attend(layer, q, k, v, replace(view, mask=real_keys(model.capabilities, layer, q, k, mask)))
 
-    with attending(model.original_model, attention):
+    with turn(model), attending(model.original_model, attention):
         yield state
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.components import component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
@@ -19,6 +20,7 @@ from sinklens.trace_rows import Row, check_writing, run_rows
 PLANTED = ("writer", "random", "flipped")
 
 
+@public
 def plant_sinks(
     model: TransformerBridge,
     trace: SinkTrace,

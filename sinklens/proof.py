@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import (
     allowed_keys,
     attention_hook,
@@ -109,6 +110,7 @@ def record(model: TransformerBridge | PlainModel) -> Capabilities | PlainCapabil
     return model.capabilities if isinstance(model, PlainModel) else capabilities(model)
 
 
+@public
 def capabilities(model: TransformerBridge | PlainModel | torch.nn.Module) -> Capabilities:
     """The capability record of a bridge; the proof runs at the first call and is kept.
 

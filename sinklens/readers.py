@@ -10,11 +10,13 @@ from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.scores import SinkScores
 from sinklens.sinkmap import SinkMap
 
 
+@public
 def reading_heads(
     scores: SinkScores,
     sinks: SinkMap,

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.images import Images, as_images
@@ -181,6 +182,7 @@ class Registers:
         return cls(norms=tensors["norms"], tokens=tokens, model=meta["model"], **meta["rules"])
 
 
+@public
 def register_tokens(
     model: PlainModel | TransformerBridge,
     images: Images,

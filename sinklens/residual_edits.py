@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import block_input
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
@@ -46,6 +47,7 @@ class State:
     median_norm: float
 
 
+@public
 def ablate_residual(
     model: TransformerBridge,
     sinks: Sinks,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,18 +20,22 @@ from safetensors.torch import save_file
 from sinklens.errors import BadInputError
 
 FORMAT = 1
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]  # other machines' processes are not ours to judge
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes when it does not."""
     target = Path(path)
-    if target.is_dir():
-        raise BadInputError(f"{os.fspath(path)!r} is a folder; give a file name in it")
     try:
+        if target.is_dir():
+            raise BadInputError(f"{os.fspath(path)!r} is a folder; give a file name in it")
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
+        _remove_orphans(target)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.{_HOST}-{os.getpid()}.")
+    except BadInputError:
+        raise
+    except (OSError, ValueError) as error:
         raise BadInputError(f"cannot write {os.fspath(path)!r}: {error}") from error
     os.close(handle)
     partial = Path(name)
@@ -40,6 +47,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_orphans(target: Path) -> None:
+    """Remove what killed processes of this machine were writing in place of this file."""
+    begin = f".{target.name}.{_HOST}-"
+    for orphan in target.parent.iterdir():
+        owner = orphan.name.removeprefix(begin).split(".")[0]
+        if orphan.name.startswith(begin) and owner.isdigit() and not psutil.pid_exists(int(owner)):
+            orphan.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -64,7 +80,11 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, tor
     Raises:
         BadInputError: no such file, half a file, or a result of another kind.
     """
-    if not Path(path).is_file():
+    try:
+        there = Path(path).is_file()
+    except (OSError, ValueError):  # what can be no name of a file
+        there = False
+    if not there:
         raise BadInputError(f"no result file at {os.fspath(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
@@ -76,9 +96,15 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, tor
         ) from error
     if header is None:
         raise BadInputError(f"{os.fspath(path)!r} was not written by sinklens: it has no sinklens header")
-    content = json.loads(header)
-    if content["kind"] != kind:
-        raise BadInputError(f"{os.fspath(path)!r} holds a {content['kind']}, not a {kind}")
-    if content["format"] > FORMAT:
+    try:
+        content = json.loads(header)
+        found, written, meta = content["kind"], int(content["format"]), content["meta"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(
+            f"the sinklens header of {os.fspath(path)!r} is damaged ({error}); save it again"
+        ) from error
+    if found != kind:
+        raise BadInputError(f"{os.fspath(path)!r} holds a {found}, not a {kind}")
+    if written > FORMAT:
         raise BadInputError(f"{os.fspath(path)!r} was written by a newer sinklens; upgrade to read it")
-    return tensors, content["meta"]
+    return tensors, meta

@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import block_output
 from sinklens.banded import ABSENT, banded
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -36,6 +37,7 @@ from sinklens.sinkmap import SinkMap
 Kept = int | Sequence[int] | Sequence[Sequence[int]] | SinkMap
 
 
+@public
 @contextlib.contextmanager
 def streaming_attention(model: TransformerBridge, sinks: Kept = 4, recent: int = 256) -> Iterator[Flash]:
     """Run a model as with StreamingLLM's cache: some kept tokens and the most recent ones, nothing else.

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from sinklens.arguments import public
 from sinklens.pages import STRIP_TOKENS, manifest, render, text_strip
 from sinklens.plots import head_map, layer_profile, position_map
 from sinklens.results import atomic_path, write_text
@@ -75,6 +76,7 @@ def summarize(scores: SinkScores, *, position: int = 0, epsilon: float = 0.3, lo
     )
 
 
+@public
 def write_scan(
     scores: SinkScores,
     out: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import attention_hook
 from sinklens.console import Advance, progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -229,6 +230,7 @@ class SinkScores:
         )
 
 
+@public
 def sink_scores(
     model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens,

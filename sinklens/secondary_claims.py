@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from sinklens.arguments import public
 from sinklens.components import component_name
 from sinklens.errors import BadInputError
 from sinklens.sinkmap import Sink, SinkMap
@@ -29,6 +30,7 @@ SMALL = 0.05  # share of the sinks below which a cluster is no level
 COVER = 0.9
 
 
+@public
 def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
     """Claim 1: ``cos(out, u)`` at the sink of the MLP with the largest share, against the same id where it is no sink.
 
@@ -69,6 +71,7 @@ def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
     )
 
 
+@public
 def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
     """Claim 2: the norm of what the MLP with the largest share adds, against the sink's mass and lifetime.
 
@@ -144,6 +147,7 @@ def dose_table(trace: SinkTrace, kind: str | None = None) -> list[dict[str, Any]
     return rows
 
 
+@public
 def primary_weakening(trace: SinkTrace) -> Verdict:
     """Claim 3: does the primary weaken where secondary sinks are alive, and is that competition or real?
 
@@ -191,6 +195,7 @@ def primary_weakening(trace: SinkTrace) -> Verdict:
     )
 
 
+@public
 def sink_levels(sinks: SinkMap | SinkTrace, *, kind: str = "secondary") -> Verdict:
     """Claim 4: clusters of (onset, lifetime), and how deterministic they are.
 

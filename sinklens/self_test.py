@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.images import Images, load_images
@@ -180,6 +181,7 @@ class SelfTest:
         return Path(path)
 
 
+@public
 def check_model(
     model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens | None = None,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sinklens.anatomy import Anatomy
+from sinklens.arguments import public
 from sinklens.pages import manifest, render
 from sinklens.results import atomic_path, write_text
 from sinklens.sinkmap import SinkMap
@@ -15,6 +16,7 @@ from sinklens.sinkmap import SinkMap
 MOST_ROWS = 100
 
 
+@public
 def write_sinks(
     sinks: SinkMap, anatomy: Anatomy, out: str | os.PathLike[str], *, command: Sequence[str] = ()
 ) -> dict[str, Path]:

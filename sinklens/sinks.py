@@ -11,6 +11,7 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
@@ -26,6 +27,7 @@ METHODS = ("attention", "direction", "wong")
 SUSPICIOUS_SHARE = 0.05
 
 
+@public
 def find_sinks(
     model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens,
@@ -117,6 +119,7 @@ def from_scores(scores: SinkScores, thresholds: Thresholds = Thresholds()) -> Si
     )
 
 
+@public
 def compare_methods(
     model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -67,7 +67,7 @@ class Store:
                     f"resume={str(folder)!r} holds another experiment (it differs in {', '.join(different)}); give a "
                     f"new folder, or the same arguments"
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(_foreign(p) for p in folder.iterdir())):
             raise BadInputError(f"resume={str(folder)!r} is no empty folder and holds no experiment; give a new one")
         else:
             write_text(path, json.dumps(own))
@@ -110,3 +110,8 @@ class Store:
             notes=tuple(dict.fromkeys([*plan.notes, *hooks_notes])),
             info={**plan.found.info, **ran},
         )
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is none of an experiment that was killed while it wrote its first file."""
+    return not path.name.startswith(".experiment.json.")

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import logit_factor, original, text_config
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -118,6 +119,7 @@ class StreamingLoss:
         return cls(tensors["losses"], kept, meta["recent"], tokens, meta["info"])
 
 
+@public
 def streaming_loss(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sinklens.arguments import public
 from sinklens.eviction import EvictionStudy
 from sinklens.pages import html_table, manifest, render
 from sinklens.results import atomic_path, write_text
@@ -17,6 +18,7 @@ CAPTIONS = {
 }
 
 
+@public
 def write_streaming(
     found: EvictionStudy, out: str | os.PathLike[str], *, command: Sequence[str] = ()
 ) -> dict[str, Path]:

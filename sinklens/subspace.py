@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import mlp_of, original
 from sinklens.components import component_name
 from sinklens.console import progress_bar
@@ -47,6 +48,7 @@ class _Inputs:
     others: Float[Tensor, "other d_model"]
 
 
+@public
 def writer_subspace(
     model: TransformerBridge,
     trace: SinkTrace,

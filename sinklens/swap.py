@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import learned_sink_logits
 from sinklens.errors import BadInputError
 from sinklens.forward import Forward
@@ -29,6 +30,7 @@ from sinklens.selection import Heads, Layers, Selection, select
 KINDS = ("off-by-one", "learned-logit", "clipped")
 
 
+@public
 def swap_attention(
     model: TransformerBridge,
     kind: str,
@@ -84,6 +86,7 @@ def swap_attention(
     return _hooks(model, normalise, chosen, name, lambda other: swap_attention(other, kind, **options))
 
 
+@public
 def restrict_attention(
     model: TransformerBridge, *, sinks: int | Sinks = 4, recent: int = 256, layers: Layers = None, heads: Heads = None
 ) -> Hooks:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
+from sinklens.arguments import public
 from sinklens.attention import attention_hook, block_input, grouped_by_head
 from sinklens.console import progress_bar
 from sinklens.controls import slots
@@ -43,6 +44,7 @@ NUMBERS_AT_ONCE = 2**28  # of the largest activation of one growing batch: 1 GB 
 LOGITS_AT_ONCE = 2**27  # 0.5 GB
 
 
+@public
 def sweep_ablation(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

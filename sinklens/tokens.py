@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.plain import PlainModel
@@ -197,6 +198,7 @@ class Tokens:
         return cls.from_parts(*load_tensors(path, "Tokens"))
 
 
+@public
 def load_tokens(
     model: TransformerBridge | PlainModel,
     source: str | os.PathLike[str] | Sequence[str] = "python-docs",
@@ -282,7 +284,7 @@ def as_tokens(model: TransformerBridge | PlainModel, tokens: str | Sequence[str]
             raise BadInputError(f"{record(model).model} reads text and these are images; give texts or token ids")
         batch = tokens
     elif isinstance(tokens, Tensor):
-        batch = _from_ids(tokens, words)
+        batch = _from_ids(tokens, words, record(model).vocabulary)
     elif isinstance(tokens, str):
         batch = load_tokens(model, [tokens])
     elif isinstance(tokens, Sequence):
@@ -297,13 +299,18 @@ def reads_images(model: TransformerBridge | PlainModel) -> bool:
     return isinstance(model, PlainModel) and model.capabilities.reads == "images"
 
 
-def _from_ids(ids: Tensor, words: Vocabulary) -> Tokens:
+def _from_ids(ids: Tensor, words: Vocabulary, size: int) -> Tokens:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise BadInputError(f"token ids must be integers, got a tensor of {ids.dtype}")
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2 or ids.numel() == 0:
         raise BadInputError(f"token ids must have the shape [batch, pos] and not be empty, got {tuple(ids.shape)}")
+    if ids.is_meta:
+        raise BadInputError("token ids must hold numbers; a tensor on the device 'meta' holds none")
+    outside = ids[(ids < 0) | (ids >= size)].tolist()
+    if outside:
+        raise BadInputError(f"token id {outside[0]} is outside the vocabulary (0 to {size - 1})")
     rows = [row.tolist() for row in ids.cpu()]
     return pad_rows(rows, words, [f"ids {i}" for i in range(len(rows))], range(len(rows)), {"source": "ids"})
 
@@ -337,9 +344,24 @@ def _check_request(model: TransformerBridge | PlainModel, n_seqs: int | None, se
         raise BadInputError(f"seq_len={seq_len} is past the context window of {record(model).model}: {context} tokens")
 
 
+def _check_shapes(batch: Tokens) -> None:
+    """Refuse Tokens made by hand whose parts do not belong together."""
+    shape, kinds = batch.ids.shape, (batch.mask.dtype, batch.special.dtype)
+    if batch.ids.ndim != 2 or not batch.mask.shape == batch.special.shape == shape or 0 in shape:
+        shapes = ", ".join(f"{tuple(t.shape)}" for t in (batch.ids, batch.mask, batch.special))
+        raise BadInputError(f"ids, mask and special of Tokens must have one shape [batch, pos], got {shapes}")
+    integral = not (batch.ids.is_floating_point() or batch.ids.is_complex() or batch.ids.dtype == torch.bool)
+    if not integral or kinds != (torch.bool, torch.bool):
+        raise BadInputError(f"Tokens hold integer ids and bool masks, got {batch.ids.dtype}, {kinds[0]} and {kinds[1]}")
+    listed = (len(batch.labels), len(batch.sources), len(batch.documents))
+    if set(listed) != {len(batch)} or [len(row) for row in batch.labels] != batch.lengths.tolist():
+        raise BadInputError("labels, sources and documents of Tokens must have an entry for each sequence (and token)")
+
+
 def _checked(model: TransformerBridge | PlainModel, batch: Tokens) -> Tokens:
     """The batch, or BadInputError where the model cannot take it."""
     facts = record(model)
+    _check_shapes(batch)
     lengths = batch.lengths
     if (lengths < 2).any():
         row = int((lengths < 2).nonzero()[0])

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.components import Component
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
@@ -39,6 +40,7 @@ SAME_ID = 16  # tokens of one id per sequence that are kept for comparison
 REPLACEMENTS = ("same_id", "zero", "mean", "project")
 
 
+@public
 def trace_sinks(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

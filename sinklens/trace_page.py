@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import pandas as pd
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.pages import html_table, manifest, render
 from sinklens.results import atomic_path, write_text
@@ -37,6 +38,7 @@ DOSES = (
 )
 
 
+@public
 def write_trace(
     trace: SinkTrace,
     out: str | os.PathLike[str],

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.metrics import token_loss
 from sinklens.predictions import predictions
@@ -79,6 +80,7 @@ class BosVariants(dict[str, Tokens]):
         return pd.DataFrame(rows)
 
 
+@public
 def bos_variants(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,

@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import allowed_keys, attention_hook
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.plots import SCALE, escape_hover, themed
@@ -105,6 +106,7 @@ def _offline(drawn: Any) -> TokenView:
     return TokenView(f"{script}CircuitsVis.render({escaped}".replace('margin: 15px 0;"/>', 'margin: 15px 0;"></div>'))
 
 
+@public
 def attention_map(
     model: TransformerBridge,
     text: str | Sequence[str] | Tensor | Tokens,
@@ -136,6 +138,7 @@ def attention_map(
     return themed(figure, title, height=side, width=side + 60)
 
 
+@public
 def attention_grid(
     model: TransformerBridge,
     text: str | Sequence[str] | Tensor | Tokens,

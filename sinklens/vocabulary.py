@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.models import native_tokenizer
 from sinklens.plain import PlainModel
@@ -162,6 +163,7 @@ class NamedTokens:
         return torch.isin(ids, torch.tensor(self.ids, dtype=ids.dtype, device=ids.device))
 
 
+@public
 def named_tokens(model: TransformerBridge, *names: str | int) -> NamedTokens:
     """Tokens by name, as places of an edit: ``ablate_sinks(model, named_tokens(model, "[CLS]", "[SEP]"))``.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.lab.run import LabRun, by_variant, load_runs
 from sinklens.results import write_text
@@ -100,6 +101,7 @@ class LabComparison:
         return Path(path)
 
 
+@public
 def compare(runs: str | os.PathLike[str] | Sequence[LabRun | str | os.PathLike[str]]) -> LabComparison:
     """Runs side by side: from :func:`run_study`, or folders of it.
 

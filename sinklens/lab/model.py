@@ -108,11 +108,12 @@ class LabModel(NativeModel):
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         host = config.host()
-        super().__init__(host)
+        with torch.random.fork_rng(devices=[]):  # torch's own initial weights, which are not kept
+            super().__init__(host)
+            for block in self.layers:
+                block.attn = LabAttention(host, config.kind, config.bias_scale, self.rotary)
         self.config = config
         self.name = f"lab-{config.attention}"
-        for block in self.layers:
-            block.attn = LabAttention(host, config.kind, config.bias_scale, self.rotary)
         if config.position == "none" and self.pos is not None:
             self.pos.weight.requires_grad_(False)
         self._initialise(seed)

@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.lab.analysis import analyse
 from sinklens.lab.measure import without_first
@@ -69,6 +70,7 @@ class LabRun:
         return load_lab_model(self.folder / MODEL)
 
 
+@public
 def run_study(
     study: Study | str | os.PathLike[str] | dict[str, Any],
     out: str | os.PathLike[str],
@@ -99,23 +101,30 @@ def run_study(
     ]
 
 
+@public
 def load_runs(folder: str | os.PathLike[str]) -> list[LabRun]:
     """The finished runs in a folder of :func:`run_study`, at any depth.
 
     Raises:
         BadInputError: there is none.
     """
-    runs = [_load(path.parent) for path in sorted(Path(folder).rglob("result.json"))]
+    try:
+        found = sorted(Path(folder).rglob("result.json"))
+    except OSError as error:
+        raise BadInputError(f"cannot look through {os.fspath(folder)!r}: {error}") from error
+    runs = [_load(path.parent) for path in found]
     if not runs:
         raise BadInputError(f"no finished run in {os.fspath(folder)!r}; make some with 'sinklens lab run'")
     return runs
 
 
+@public
 def save_lab_model(model: LabModel, config: LabConfig, seed: int, path: str | os.PathLike[str]) -> Path:
     """Write a lab model's weights and configuration as one safetensors file."""
     return save_tensors(path, "LabModel", dict(model.state_dict()), {"config": config.to_dict(), "seed": seed})
 
 
+@public
 def load_lab_model(path: str | os.PathLike[str]) -> TransformerBridge:
     """A trained lab model as a proven bridge.
 

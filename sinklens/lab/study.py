@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.lab.bigrams import BigramBackcopy, Recall
 from sinklens.lab.model import ModelConfig
@@ -71,6 +72,7 @@ class Study:
             raise BadInputError(f"names become folders, so {bad[0]!r} cannot be one")
 
 
+@public
 def read_study(source: str | os.PathLike[str] | dict[str, Any]) -> Study:
     """A study from a YAML file, one of those that come with the package (:func:`studies`), or a dictionary.
 
@@ -96,6 +98,7 @@ def read_study(source: str | os.PathLike[str] | dict[str, Any]) -> Study:
     return Study(name, made, tuple(seeds))
 
 
+@public
 def studies() -> list[str]:
     """The names of the studies that come with the package."""
     folder = files("sinklens.lab") / "studies"

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Integer
 from transformers import AutoTokenizer
 
+from sinklens.arguments import public
 from sinklens.corpora import read_corpus
 from sinklens.embedded import CATALOGUE, fetch
 from sinklens.errors import BadInputError
@@ -140,6 +141,7 @@ def stream_of(documents: Iterable[list[int]]) -> Integer[np.ndarray, " token"]:
     return np.concatenate(parts)
 
 
+@public
 def write_tokens(documents: Iterable[str], path: str | os.PathLike[str], tokenizer: str = "bytes") -> Path:
     """Tokenise texts once into a ``.npy`` file for :class:`Text`: int32 ids, -1 before each document.
 

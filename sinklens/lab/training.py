@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensError
 from sinklens.lab.measure import evaluate, mean_loss, token_losses
@@ -118,6 +119,7 @@ class Training:
         return torch.autocast(torch.device(self.config.train.device).type, dtype=torch.bfloat16)
 
 
+@public
 def train(config: LabConfig, seed: int = 0, folder: Path | None = None, *, progress: bool | None = None) -> Training:
     """Train one model, or go on where the folder's checkpoint stands.
 
@@ -133,13 +135,13 @@ def train(config: LabConfig, seed: int = 0, folder: Path | None = None, *, progr
         run.resume(folder)
     options, fixed = config.train, evaluation_batch(config)
     threads = torch.get_num_threads()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     loader = DataLoader(
         Steps(config, seed, run.step), batch_size=None, num_workers=options.workers,
-        pin_memory=options.device.startswith("cuda"),
+        pin_memory=options.device.startswith("cuda"), generator=torch.Generator(),  # else it draws from the global one
     )  # fmt: skip
     try:
+        if options.threads:
+            torch.set_num_threads(options.threads)
         with progress_bar(f"{config.name}, seed {seed}", options.steps, progress) as advance:
             for _ in range(run.step):
                 advance()

@@ -50,10 +50,13 @@ class ResultFolder:
             if not create:
                 raise BadInputError(f"there is no sweep in {str(self.path)!r}; `sinklens sweep run` begins one")
             write_text(about, json.dumps({"format": FORMAT, "id": uuid.uuid4().hex}))
-        content = json.loads(about.read_text(encoding="utf-8"))
-        if content["format"] > FORMAT:
+        try:
+            content = json.loads(about.read_text(encoding="utf-8"))
+            written, self.id = int(content["format"]), str(content["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInputError(f"{str(about)!r} is damaged ({error}); take a new folder") from error
+        if written > FORMAT:
             raise BadInputError(f"{str(self.path)!r} was written by a newer sinklens; upgrade to use it")
-        self.id: str = content["id"]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

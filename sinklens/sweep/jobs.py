@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.sweep.specs import InterventionSpec, ModelSpec, Spec, TaskSpec, TextSpec, spec_of
 
@@ -68,6 +69,7 @@ class Job:
         )
 
 
+@public
 def make_jobs(
     models: Any,
     texts: Any,
@@ -113,6 +115,7 @@ def make_jobs(
     return jobs
 
 
+@public
 def load_jobs(path: str | os.PathLike[str]) -> list[Job]:
     """The jobs of a YAML file with the keys ``models``, ``texts``, ``interventions``, ``tasks``, ``seeds``.
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.results import atomic_path
 from sinklens.statistics import summary as mean_and_interval
@@ -135,6 +136,7 @@ class SweepResults:
         return Path(path)
 
 
+@public
 def collect(folder: str | os.PathLike[str]) -> SweepResults:
     """The results of a folder's latest sweep, as far as it is; also while it runs.
 

@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from itertools import groupby
 from typing import Any
 
+from sinklens.arguments import public
 from sinklens.console import Advance, progress_bar
 from sinklens.errors import BadInputError, SinklensError
 from sinklens.sweep.edits import check_edit
@@ -25,6 +26,7 @@ EXECUTORS = ("processes", "ray", "submitit")
 MOST_PER_TASK = 100  # jobs of one queued task of a cluster, where nothing else is said
 
 
+@public
 def run_sweep(
     jobs: Iterable[Job],
     folder: str | os.PathLike[str],

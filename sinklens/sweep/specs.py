@@ -15,6 +15,14 @@ FOUND = ("all", "primary", "secondary")
 Spec = TypeVar("Spec", "ModelSpec", "TextSpec", "InterventionSpec", "TaskSpec")
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something at a path; False for what can be no path at all, such as a long text."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model by name, and how it is loaded: the arguments of :func:`sinklens.load_model`.
@@ -37,12 +45,13 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         path = Path(self.name).expanduser()
-        if path.exists():  # workers run elsewhere
+        there = exists(path)
+        if there:  # workers run elsewhere
             object.__setattr__(self, "name", str(path.resolve()))
         for plain in ("device_map", "max_memory"):
             object.__setattr__(self, plain, _plain(getattr(self, plain)))
         if not self.label:
-            object.__setattr__(self, "label", Path(self.name).name if path.exists() else self.name)
+            object.__setattr__(self, "label", Path(self.name).name if there else self.name)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of ``load_model``."""
@@ -90,12 +99,13 @@ class TextSpec:
                 raise BadInputError(f"rows must be (first, end) with 0 <= first < end, got {self.rows}")
             object.__setattr__(self, "rows", tuple(self.rows))
         path = None if self.source is None else Path(self.source).expanduser()
-        if path is not None and path.is_file():
+        in_file = path is not None and exists(path) and path.is_file()
+        if path is not None and in_file:
             object.__setattr__(self, "source", str(path.resolve()))
         if not self.label:
             written = "\0".join(self.texts or ())
             literal = f"texts {hashlib.sha256(written.encode()).hexdigest()[:8]}"
-            name = literal if path is None else path.name if path.is_file() else str(self.source)
+            name = literal if path is None else path.name if in_file else str(self.source)
             sizes = "x".join(str(n) for n in (self.n_seqs, self.seq_len) if n is not None)
             object.__setattr__(self, "label", f"{name} {sizes}".strip())
 

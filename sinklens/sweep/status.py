@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from sinklens.arguments import public
 from sinklens.sweep.folder import ResultFolder
 
 
@@ -54,6 +55,7 @@ class SweepStatus:
         return pd.DataFrame(list(self.failures), columns=pd.Index(columns))
 
 
+@public
 def sweep_status(folder: str | os.PathLike[str]) -> SweepStatus:
     """How far the latest sweep of a folder is; also while it runs.
 

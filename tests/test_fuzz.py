@@ -1,0 +1,73 @@
+"""Fuzz: 500 cases here, 10,000 by ``make torture``; each ends in a correct result or a SinklensError, and in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fuzzing
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from public_calls import PUBLIC, World, call
+
+import sinklens as sl
+
+CASES = int(os.environ.get("SINKLENS_FUZZ", "500"))
+SECONDS = 60  # of wall time on a busy machine; the slowest correct call takes two
+
+
+class Hang(BaseException):
+    """Not an Exception, so that no code under test takes it for a fault."""
+
+
+@contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """Raise in the middle of whatever takes longer."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise Hang(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(cases: int) -> Any:
+    """So many cases, the same ones in every run of CI; torture draws new ones."""
+    return settings(
+        max_examples=cases, deadline=None, database=None, derandomize=CASES <= 500,
+        suppress_health_check=list(HealthCheck), print_blob=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    os.chdir(tmp_path_factory.mktemp("here"))  # relative paths are among the wild values
+    return World(tmp_path_factory.mktemp("world"))
+
+
+SHARE = max(1, CASES * 8 // 10 // len(PUBLIC))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_wild_arguments_give_a_result_or_a_sinklens_error(world: World, name: str) -> None:
+    @fuzz(SHARE)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        arguments = data.draw(fuzzing.cases(world, name))
+        with deadline(SECONDS):
+            try:
+                found = call(name, world, arguments)
+            except sl.SinklensError:
+                return
+        fuzzing.oracle(name, arguments, found)
+
+    run()

