@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sinklens.proof import Capabilities, capabilities
     from sinklens.readers import reading_heads
     from sinklens.registers import Registers, register_tokens
+    from sinklens.reproductions import Reproductions, reproduce
     from sinklens.residual_edits import ablate_residual
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
@@ -96,6 +97,7 @@ _HOMES = {
     "PlainCapabilities": "plain",
     "PlainModel": "plain",
     "Registers": "registers",
+    "Reproductions": "reproductions",
     "SelfTest": "self_test",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
@@ -144,6 +146,7 @@ _HOMES = {
     "primary_weakening": "secondary_claims",
     "reading_heads": "readers",
     "register_tokens": "registers",
+    "reproduce": "reproductions",
     "restrict_attention": "swap",
     "run_experiment": "experiment",
     "sample_images": "pictures",
@@ -188,6 +191,7 @@ __all__ = [
     "PlainCapabilities",
     "PlainModel",
     "Registers",
+    "Reproductions",
     "SelfTest",
     "Sink",
     "SinkDecomposition",
@@ -236,6 +240,7 @@ __all__ = [
     "primary_weakening",
     "reading_heads",
     "register_tokens",
+    "reproduce",
     "restrict_attention",
     "run_experiment",
     "sample_images",
