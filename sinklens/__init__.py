@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
     from sinklens.flash_backend import Flash, flash
+    from sinklens.head_activity import HeadActivity, head_activity
     from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
     from sinklens.image_page import write_images
@@ -85,6 +86,7 @@ _HOMES = {
     "Collapse": "collapse",
     "Experiment": "outcome",
     "Flash": "flash_backend",
+    "HeadActivity": "head_activity",
     "Hooks": "hooks",
     "Images": "images",
     "MatchedDamage": "damage",
@@ -128,6 +130,7 @@ _HOMES = {
     "decompose_sinks": "decompose",
     "find_sinks": "sinks",
     "flash": "flash_backend",
+    "head_activity": "head_activity",
     "image_map": "image_plots",
     "jacobian_norms": "mixing_sweeps",
     "load_images": "images",
@@ -179,6 +182,7 @@ __all__ = [
     "Collapse",
     "Experiment",
     "Flash",
+    "HeadActivity",
     "Hooks",
     "Images",
     "MatchedDamage",
@@ -222,6 +226,7 @@ __all__ = [
     "decompose_sinks",
     "find_sinks",
     "flash",
+    "head_activity",
     "image_map",
     "jacobian_norms",
     "load_images",

@@ -258,18 +258,22 @@ def _norms(model: Any, setting: Setting) -> list[Quantity]:
         measured("key: mean ratio over layers", keys.nanmean(1), tokens.documents),
         measured("value: mean ratio over layers", values.nanmean(1), tokens.documents),
     ]
-    table = sink_anatomy(model, find_sinks(model, tokens)).heads
-    table = table[(table.position == 0) & table.beta.notna()]
-    table = table[table.beta > EPSILON]  # heads in which the first token is the sink
-    if not len(table) or "cosine" not in table:
-        why = "the host shows no keys after RoPE" if len(table) else "the first token is no sink of any head"
-        return [*found, missing(ANGLE, why), missing(SIZE, why)]
-    means = table.groupby("sequence").mean(numeric_only=True)
-    documents = [tokens.documents[int(str(b))] for b in means.index]
-    angle = torch.tensor((means.cosine - means.other_cosine).tolist())
-    size = torch.tensor((means.k_norm / means.other_k_norm - 1).tolist())  # the query's norm is the same for both
-    found.append(measured(ANGLE, angle, documents))
-    return [*found, measured(SIZE, size, documents)]
+    return [*found, *_angle(sink_anatomy(model, find_sinks(model, tokens)).heads.to_dict("records"), tokens)]
+
+
+def _angle(rows: list[dict[Any, Any]], tokens: Tokens) -> list[Quantity]:
+    """Angle and length of the first token's key, in the heads in which it is the sink, against the other keys'."""
+    mine = [row for row in rows if row["position"] == 0 and row["beta"] > EPSILON]
+    if not mine or "cosine" not in mine[0]:
+        why = "the host shows no keys after RoPE" if mine else "the first token is no sink of any head"
+        return [missing(ANGLE, why), missing(SIZE, why)]
+    angle, size, documents = [], [], []
+    for b in dict.fromkeys(row["sequence"] for row in mine):
+        of = [row for row in mine if row["sequence"] == b]
+        angle.append(sum(row["cosine"] - row["other_cosine"] for row in of) / len(of))
+        size.append(sum(row["k_norm"] for row in of) / sum(row["other_k_norm"] for row in of) - 1)  # q is the same
+        documents.append(tokens.documents[b])
+    return [measured(ANGLE, torch.tensor(angle), documents), measured(SIZE, torch.tensor(size), documents)]
 
 
 def _first(where: Tensor) -> Tensor:

@@ -58,12 +58,12 @@ LEVELS_ENTRY = Entry(
     originals=("qwen3-4b-base", "deepseek-r1-distill-qwen-14b"),
     stand_ins=("smollm2-135m", "gemma3-270m"),
     claims=(
-        Claim("levels", "few levels", Below(LEVELS + 1), "3 and 6", "D"),
+        Claim("levels", "few levels", Below(LEVELS + 0.5), "3 and 6", "D"),
         Claim("share of the secondary sinks in levels", "levels are deterministic", Above(COVER), "21 of 21", "A"),
         Claim(
             "onset of the commonest secondary sink, attention's layer",
             "the layer after the one that writes",
-            Equals({"qwen3-4b-base": 17, "deepseek-r1-distill-qwen-14b": 23}, 1),
+            Equals({"qwen3-4b-base": 17.0, "deepseek-r1-distill-qwen-14b": 23.0}, 1.0),
             "",
             "A",
         ),
