@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
     from sinklens.flash_backend import Flash, flash
+    from sinklens.head_activity import HeadActivity, head_activity
     from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
     from sinklens.image_page import write_images
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from sinklens.readers import reading_heads
     from sinklens.registers import Registers, register_tokens
     from sinklens.report.write import write_report
+    from sinklens.reproductions import Reproductions, reproduce
     from sinklens.residual_edits import ablate_residual
     from sinklens.scan import write_scan
     from sinklens.scores import SinkScores, sink_scores
@@ -86,6 +88,7 @@ _HOMES = {
     "Collapse": "collapse",
     "Experiment": "outcome",
     "Flash": "flash_backend",
+    "HeadActivity": "head_activity",
     "Hooks": "hooks",
     "Images": "images",
     "MatchedDamage": "damage",
@@ -99,6 +102,7 @@ _HOMES = {
     "PlainCapabilities": "plain",
     "PlainModel": "plain",
     "Registers": "registers",
+    "Reproductions": "reproductions",
     "SelfTest": "self_test",
     "Sink": "sinkmap",
     "SinkDecomposition": "decomposition",
@@ -130,6 +134,7 @@ _HOMES = {
     "decompose_sinks": "decompose",
     "find_sinks": "sinks",
     "flash": "flash_backend",
+    "head_activity": "head_activity",
     "image_map": "image_plots",
     "jacobian_norms": "mixing_sweeps",
     "load_images": "images",
@@ -149,6 +154,7 @@ _HOMES = {
     "primary_weakening": "secondary_claims",
     "reading_heads": "readers",
     "register_tokens": "registers",
+    "reproduce": "reproductions",
     "restrict_attention": "swap",
     "run_experiment": "experiment",
     "sample_images": "pictures",
@@ -182,6 +188,7 @@ __all__ = [
     "Collapse",
     "Experiment",
     "Flash",
+    "HeadActivity",
     "Hooks",
     "Images",
     "MatchedDamage",
@@ -195,6 +202,7 @@ __all__ = [
     "PlainCapabilities",
     "PlainModel",
     "Registers",
+    "Reproductions",
     "SelfTest",
     "Sink",
     "SinkDecomposition",
@@ -226,6 +234,7 @@ __all__ = [
     "decompose_sinks",
     "find_sinks",
     "flash",
+    "head_activity",
     "image_map",
     "jacobian_norms",
     "load_images",
@@ -245,6 +254,7 @@ __all__ = [
     "primary_weakening",
     "reading_heads",
     "register_tokens",
+    "reproduce",
     "restrict_attention",
     "run_experiment",
     "sample_images",

@@ -33,6 +33,7 @@ from sinklens.cli_interventions import ablate, bos
 from sinklens.cli_lab import lab
 from sinklens.cli_mix import mix
 from sinklens.cli_report import report
+from sinklens.cli_reproduce import reproduce
 from sinklens.cli_stream import stream
 from sinklens.cli_sweep import app as sweep_app
 from sinklens.cli_trace import trace
@@ -207,6 +208,7 @@ app.command()(trace)
 app.command()(mix)
 app.command()(stream)
 app.command()(report)
+app.command()(reproduce)
 app.command()(check)
 app.command()(images)
 app.add_typer(lab, name="lab")

@@ -153,9 +153,13 @@ def block_outputs(model: TransformerBridge | PlainModel, one: Tokens) -> Float[T
         states, last = _plain_states(model, one)
         return torch.stack([*states[1:-1], states[-1] if last is None else last[0]])
     names = [block_output(layer) for layer in range(capabilities(model).n_layers)]
-    if hasattr(model, "ln_final"):
-        names[-1] = "ln_final.hook_out"
-    return _states(model, one, names)
+    if not hasattr(model, "ln_final"):
+        return _states(model, one, names)
+    kept = collect(model, one.ids, [*names, "ln_final.hook_in", "ln_final.hook_out"])
+    last = kept[names[-1]]
+    if torch.equal(kept["ln_final.hook_in"], last):  # BERT's is a part of its masked-LM head instead
+        last = kept["ln_final.hook_out"]
+    return torch.stack([*(kept[name] for name in names[:-1]), last])
 
 
 def _plain_states(model: PlainModel, one: Tokens) -> tuple[list[Tensor], Tensor | None]:
