@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-latest architectures lint clean
+.PHONY: setup demo test test-real test-latest architectures lint clean
 
 # Everything lands in .venv; nothing else on the machine is touched but the model cache.
 setup: .venv/ready
@@ -15,8 +15,13 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/sinklens report $(if $(QUICK),--quick) --out demo
 
+# Everything on tiny models; what takes real models, notebooks or a browser is the second target's.
+SLOW := real or notebook or browser
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ($(SLOW) or torture)"
+
+test-real: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "($(SLOW)) and not torture"
 
 # The table of docs/architectures.md, from the run of its tests.
 architectures: setup

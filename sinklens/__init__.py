@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from sinklens.decompose import decompose_sinks
     from sinklens.decompose_page import write_decomposition
     from sinklens.decomposition import SinkDecomposition, Subject
+    from sinklens.dormant import HeadActivity, head_activity
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
     from sinklens.flash_backend import Flash, flash
-    from sinklens.head_activity import HeadActivity, head_activity
     from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
     from sinklens.image_page import write_images
@@ -88,7 +88,7 @@ _HOMES = {
     "Collapse": "collapse",
     "Experiment": "outcome",
     "Flash": "flash_backend",
-    "HeadActivity": "head_activity",
+    "HeadActivity": "dormant",
     "Hooks": "hooks",
     "Images": "images",
     "MatchedDamage": "damage",
@@ -134,7 +134,7 @@ _HOMES = {
     "decompose_sinks": "decompose",
     "find_sinks": "sinks",
     "flash": "flash_backend",
-    "head_activity": "head_activity",
+    "head_activity": "dormant",
     "image_map": "image_plots",
     "jacobian_norms": "mixing_sweeps",
     "load_images": "images",

@@ -272,4 +272,4 @@ def test_hover_of_the_position_map_escapes_the_token_and_breaks_the_line() -> No
 
     scores = sl.sink_scores(model_with(adds_bos=False), "the <eos> cat")
     figure: Any = scores.plot_positions()
-    assert figure.data[0].text[0][1].startswith("layer 0, position 1: '&lt;eos&gt;'<br>alpha")
+    assert figure.data[0].text[0][1].startswith("'&lt;eos&gt;'<br>alpha")
