@@ -43,7 +43,7 @@ trace = sl.SinkTrace.load(folder / "stages" / "trace.safetensors")
 pd.testing.assert_frame_equal(pd.read_parquet(folder / "tables" / "writers.parquet"), trace.writers())
 top = trace.by_component("secondary").iloc[0]
 assert top.writer == "mlp 2", f"SmolLM2's secondary sinks are written by MLP 2; found {top.writer}"
-assert f"mlp 2 is a writer in {top.phases} of" in page
+assert f"direction: mlp 2 ({top.phases} of" in page
 
 seconds = sum(stage["seconds"] for stage in facts["stages"].values())
 sys.stdout.write(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sinklens.sinkmap import SinkMap
 
 MOST_ROWS = 60
+LONGEST_LABEL = 22
 MARKS = {"primary": "\u25a0", "secondary": "\u25c6", "undetermined": "\u25cb"}
 
 
@@ -34,7 +35,8 @@ def timeline(sinks: SinkMap) -> go.Figure:
             if len(sinks.tokens) > 1
             else f"{sink.position} {sink.token!r}"
         )
-        labels.append(f"{MARKS[sink.kind]} {escape_hover(name)}")
+        short = name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}\u2026"
+        labels.append(f"{MARKS[sink.kind]} {escape_hover(short)}")
         reason = f" ({sink.reason})" if sink.reason else ""
         story = (
             f"{escape_hover(name)}: {sink.kind}{reason}<br>layers {sink.onset} to {sink.end}, mean mass {sink.mass:.3f}"

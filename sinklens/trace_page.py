@@ -31,7 +31,10 @@ CAPTION = (
     "Bars: what each component adds along the primary's direction, of the sink's own stream at the reference layer; "
     "dotted: their running sum."
 )
-CIRCUIT = "Edges are as wide as their weight among edges of the same kind; hover over the middle of one for its number."
+CIRCUIT = (
+    "From left to right: what tells the writer's neurons that this token is a sink, the neurons, the writers and "
+    "erasers, the token, the heads that look at it. Edges are as wide as their weight among edges of the same kind."
+)
 NEURONS = "What single neurons of the first writer add along the primary's direction; dotted: their running sum."
 DOSES = (
     "The main writer's output at the sink, rescaled: each thin line is one phase of one sink, the thick one the mean."

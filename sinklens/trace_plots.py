@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from sinklens.trace_result import SinkTrace
 
 BLUE = "#0072b2"
+NODES = {
+    "component": (BLUE, "top center"),
+    "neuron": ("#009e73", "top center"),
+    "token": (ACCENT, "bottom center"),
+    "head": ("#cc79a7", "middle right"),
+}
+HEADS = ("feeds", "neurons", "writers, erasers", "token", "read by heads")
 
 
 def contribution_bars(trace: SinkTrace, sink: int | None = None) -> go.Figure:
@@ -185,40 +192,66 @@ def neuron_bars(found: Neurons, number: int = 0) -> go.Figure:
 
 
 def circuit_figure(graph: nx.DiGraph) -> go.Figure:
-    """What feeds, neurons, writers, the token and its readers from left to right; the line's width is the weight."""
+    """What feeds, neurons, writers, the token and its readers from left to right; the line's width is the weight, and
+    the number stands on the edge (of a reader: behind its name).
+    """
     places = layout(graph)
-    colours = {"token": ACCENT, "component": BLUE, "neuron": "#009e73", "head": "#cc79a7"}
+    columns = sorted({x for x, _ in places.values()})
+    counts = {x: sum(place[0] == x for place in places.values()) for x in columns}
+    wider = {x: 0.8 * (max(counts.values()) - 1) / (n - 1) if n > 1 else 1.0 for x, n in counts.items()}
+    spot = {  # no room for empty columns; each uses most of the height
+        node: (float(columns.index(x)), y * max(1.0, wider[x])) for node, (x, y) in places.items()
+    }
     largest: dict[str, float] = {}
     for _, _, data in graph.edges(data=True):
         largest[data["role"]] = max(largest.get(data["role"], 0.0), abs(data.get("weight", 0.0)))
     figure = go.Figure()
+    read: dict[Any, str] = {}
     for a, b, data in graph.edges(data=True):
-        (x0, y0), (x1, y1) = places[a], places[b]
+        (x0, y0), (x1, y1) = spot[a], spot[b]
         weight = data.get("weight", 0.0)
         share = abs(weight) / largest[data["role"]] if largest[data["role"]] else 0.0
         words = f"{a} {data['role']} {b}" + (f": {weight:.3g}" if "weight" in data else "")
         figure.add_scatter(
             x=[x0, x1], y=[y0, y1], mode="lines", showlegend=False, hoverinfo="skip",
-            line={"width": 1 + 5 * share, "color": "#c1121f" if weight < 0 else MUTED},
+            line={"width": 1 + 5 * share, "color": "#c1121f" if weight < 0 else "#c5ced8"},
         )  # fmt: skip
         figure.add_scatter(
             x=[(x0 + x1) / 2], y=[(y0 + y1) / 2], mode="markers", marker={"size": 12, "opacity": 0}, showlegend=False,
             hovertext=escape_hover(words), hoverinfo="text",
         )  # fmt: skip
-    for kind, colour in colours.items():
+        if "weight" in data and data["role"] == "is read by":
+            read[b] = f"  {weight:.2f}"
+        elif "weight" in data:
+            along = 0.3 + 0.12 * (sum(spot[other][1] > y0 for other in graph.predecessors(b)) % 3)
+            figure.add_annotation(
+                x=x0 + along * (x1 - x0), y=y0 + along * (y1 - y0), text=f"{weight:.2f}", showarrow=False,
+                font={"size": 10, "color": "#c1121f" if weight < 0 else INK}, bgcolor="rgba(255,255,255,0.85)",
+            )  # fmt: skip
+    for kind, (colour, where) in NODES.items():
         nodes = [n for n in graph.nodes if graph.nodes[n]["kind"] == kind]
+        first = kind == "component"
         figure.add_scatter(
-            x=[places[n][0] for n in nodes], y=[places[n][1] for n in nodes], mode="markers+text", name=kind,
-            text=[escape_hover(str(n).replace(" neuron ", " n ")) for n in nodes], textposition="top center",
-            marker={"size": 14, "color": colour}, hoverinfo="text",
+            x=[spot[n][0] for n in nodes], y=[spot[n][1] for n in nodes], mode="markers+text", name=kind,
+            text=[f"{escape_hover(_short(str(n).replace(' neuron ', ' n ')))}{read.get(n, '')}" for n in nodes],
+            textposition=["middle left" if first and places[n][0] == 0 else where for n in nodes],
+            hovertext=[escape_hover(str(n)) for n in nodes], hoverinfo="text",
+            marker={"size": 20 if kind == "token" else 14, "color": colour, "line": {"color": "white", "width": 2}},
         )  # fmt: skip
-    figure.update_xaxes(visible=False, range=[-0.6, 4.6])
-    figure.update_yaxes(
-        visible=False, range=[min(y for _, y in places.values()) - 0.7, max(y for _, y in places.values()) + 0.9]
-    )
-    figure.update_layout(legend={"orientation": "h", "y": -0.05, "x": 0}, plot_bgcolor="white")
+    top = max(y for _, y in spot.values())
+    for number, column in enumerate(columns):
+        figure.add_annotation(
+            x=number, y=top + 1.1, text=HEADS[int(column)], showarrow=False, font={"size": 12, "color": "#52667a"}
+        )
+    figure.update_xaxes(visible=False, range=[-0.6, len(columns) - 0.3])
+    figure.update_yaxes(visible=False, range=[min(y for _, y in spot.values()) - 0.7, top + 1.6])
+    figure.update_layout(showlegend=False, plot_bgcolor="white")
     title = (
-        f"Circuit of the {graph.graph['kind']} sink at position {graph.graph['position']}<br><sup>left to right: what "
-        f"feeds the neurons, neurons, writers and erasers, the token, the heads that read it; red: taken away</sup>"
+        f"Circuit of the {graph.graph['kind']} sink at position {graph.graph['position']}<br><sup>numbers: share of "
+        f"the stream, of the writer, difference of the pre-activation, far importance; red: taken away</sup>"
     )
     return themed(figure, title, height=max(420, 48 * max(len(graph.nodes) // 2, 6)))
+
+
+def _short(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"

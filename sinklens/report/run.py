@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from sinklens.console import stderr
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.proof import capabilities
 from sinklens.report.shelf import Entry, Shelf
 from sinklens.report.stages import STAGES, Material, Stage
 
@@ -72,6 +73,8 @@ def _do(m: Material, shelf: Shelf, stage: Stage) -> Entry:
         refused = f'it builds on "{doing}", which was left out'
     else:
         try:
+            if stage.name not in NEEDED:
+                capabilities(m.model)  # refuses a model without a bridge, with its reason
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SinklensWarning)  # results carry it as a note
                 result, facts = stage.run(m)

@@ -105,9 +105,9 @@ def _writers(m: Material) -> Section:
         plots += [
             Plot(
                 "writers-shares", share_bars(trace),
-                "What each component adds of the sinks' stream along the primary's direction, before the layer where "
-                "the sink is strongest; all bars of a kind, the small ones left out included, sum to 1. Whiskers: 95 % "
-                "intervals over documents.",
+                "What each component adds of the sinks' stream along the primary's direction: mean over the phases in "
+                "which it writes before the layer where the sink is strongest (in each phase all shares sum to 1). "
+                "Whiskers: 95 % intervals over documents.",
                 "share_bars(trace)", 560,
             ),
             Plot(

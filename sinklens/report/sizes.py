@@ -59,8 +59,8 @@ QUICK = Sizes(
     most_proven=0,
     reference=(8, 128),
     split_seqs=2,
-    mixing_seqs=4,
-    mixing_tokens=12,
+    mixing_seqs=2,
+    mixing_tokens=8,
     probes=2,
 )
 SHORTEST = FAR + MIN_FAR_QUERIES  # tokens below which no sink can be told

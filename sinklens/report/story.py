@@ -92,19 +92,9 @@ def writers(m: Material) -> list[str]:
         if not by:
             told.append(f"No single component writes a quarter or more of the {kind} sinks: writing is spread out.")
             continue
-        top = by[0]
-        tested = [r for r in rows_of(table, kind=kind, writer=top["writer"]) if r["proven"] is not None]
-        proven = sum(r["proven"] is True for r in tested)
-        proof = (
-            f"replacing its output there by what it writes at tokens of the same id that are no sink proves it in "
-            f"{proven} of {len(tested)} tested"
-            if tested
-            else "it was not tested by replacement"
-        )
+        said = [_writer(row, rows_of(table, kind=kind, writer=row["writer"]), phases) for row in by[:2]]
         told.append(
-            f"{top['writer']} is a writer in {int(top['phases'])} of {phases} phases of {kind} sinks, with a mean "
-            f"share of {number(top['share'], 2)}{between(top['low'], top['high'], 2)} of their stream along the "
-            f"primary's direction; {proof}."
+            f"Writers of {kind} sinks, by their share of the stream along the primary's direction: {listed(said)}."
         )
     erasers = trace.erasers()
     if len(erasers):
@@ -122,6 +112,15 @@ def writers(m: Material) -> list[str]:
             f"{int(by.loc[name, 'phases'])} phases) carry 90 % of what it writes."
         )
     return told
+
+
+def _writer(row: dict[str, Any], places: list[dict[str, Any]], phases: int) -> str:
+    """One writer: in how many phases, its share, whether replacing what it writes proves it."""
+    tested = [r for r in places if r["proven"] is not None]
+    proven = sum(r["proven"] is True for r in tested)
+    proof = f"proven by replacement in {proven} of {len(tested)} tested" if tested else "not tested by replacement"
+    share = f"{number(row['share'], 2)}{between(row['low'], row['high'], 2)}"
+    return f"{row['writer']} ({int(row['phases'])} of {counted(phases, 'phase')}, mean share {share}, {proof})"
 
 
 def key_or_value(m: Material) -> list[str]:
