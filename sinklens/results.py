@@ -69,8 +69,15 @@ def save_tensors(
 ) -> Path:
     """Write named tensors and JSON-able metadata as one safetensors file, whole or not at all."""
     header = {"sinklens": json.dumps({"format": FORMAT, "kind": kind, "meta": meta})}
+    kept: dict[str, torch.Tensor] = {}
+    memories: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        kept[name] = plain.clone() if memory in memories else plain  # the format holds no two names of one memory
+        memories.add(memory)
     with atomic_path(path) as partial:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata=header)
+        save_file(kept, partial, metadata=header)
     return Path(path)
 
 

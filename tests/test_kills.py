@@ -10,11 +10,13 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from counting import count
 from killing import calls_of, files_of, fork, local_wheel, whole_gguf
 from public_calls import STUDY, Here, World
 from typer.testing import CliRunner
@@ -77,7 +79,7 @@ def torment(
     calls = calls_of(lambda: work(peace), folder / "calls")
     chance, killed, kept = random.Random(f"{name} {kills}"), 0, {}
     while killed < kills:
-        status = fork(lambda: work(war), chance.randrange(calls))
+        status = fork(partial(work, war), chance.randrange(calls))
         if status == 0:  # what was left to do took fewer calls: begin anew
             war = folder / f"war-{killed}"
             kept = {}
@@ -87,10 +89,10 @@ def torment(
         there = {str(p): p.stat().st_mtime_ns for pattern in units for p in war.rglob(pattern)}
         assert {path: there.get(path) for path in kept} == kept, "what was finished was lost or made again"
         kept = there
-    assert fork(lambda: work(war)) == 0
+    assert fork(partial(work, war)) == 0
     assert same(war, peace) if same else files_of(war, volatile) == files_of(peace, volatile)
     assert [p for p in war.rglob(".*") if not p.name.endswith(".lock")] == [], "something half was left"
-    print(f"{name}: {killed} kills survived of work of {calls} calls")
+    count("kills survived", killed)
 
 
 def test_fetch_and_conversion_survive_kills(catalogue: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
