@@ -154,9 +154,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
         if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
             return isinstance(value, str) and args[:1] == (str,)
-        if getattr(value, "ndim", 1) == 0 or getattr(value, "is_meta", False):
-            return False
-        return all(fits(one, args[0]) for one in _items(value))
+        return not hasattr(value, "tolist") and all(fits(one, args[0]) for one in value)
     if origin is collections.abc.Iterable:
         listed = isinstance(value, (list, tuple))
         return all(fits(one, args[0]) for one in value) if listed else hasattr(value, "__next__")
@@ -168,10 +166,6 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _checkable(plain: type) -> bool:
     return not getattr(plain, "_is_protocol", False) and not plain.__module__.startswith("jaxtyping")
-
-
-def _items(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _each(value: Sequence[Any], kinds: Sequence[Any]) -> bool:

@@ -27,7 +27,7 @@ NUMBERS = st.sampled_from([-(10**12), -7, -1, 0, 1, 2, 3, 5, 7, 60, 10**6, 2**63
 FLOATS = st.one_of(
     st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 0.5, 1.0, 1e300]), st.floats(), NUMBERS
 )
-KINDS = st.sampled_from([None, True, "", "x", b"x", 1.5, (), {}, object, [None], [[]], np.int64(1), {"a": 1}])
+KINDS = st.sampled_from([None, True, "", "x", b"x", 1.5, (), {}, object(), [None], [[]], np.int64(1), {"a": 1}])
 INTEGERS = st.one_of(NUMBERS, KINDS)
 
 
@@ -76,7 +76,8 @@ MODES = st.sampled_from(
     ["renormalize", "zero", "value_only", "scale", "mean_value", "fixed_key", "fixed_logit", "null", "move", "uniform",
      "massive_zero", "massive_mean", "project", "rescale", "off-by-one", "learned-logit", "clipped", "attention",
      "wong", "direction", "layer", "head", "dose", "noise", "mlp", "", "Zero", "random", "recent", "primary",
-     "secondary", "hooks", "flash", "auto", "mean", "bias", "zero_vector", "probabilities", "scores", "any", "same_id", "../x"]
+     "secondary", "hooks",
+     "flash", "auto", "mean", "bias", "zero_vector", "probabilities", "scores", "any", "same_id", "../x"]
 )  # fmt: skip
 PATHS = st.sampled_from(["", "/dev/null/x", "../x", "a\x00b", "x" * 5000, "no/such/file", ".", "~"])
 
@@ -106,7 +107,7 @@ def wild(name: str, world: World) -> st.SearchStrategy[Any]:
         return st.one_of(PATHS.map(lambda p: p if p in ("", "/dev/null/x", "a\x00b") else str(world.folder / p)), KINDS)
     if name in ("trace", "scores", "found", "experiment", "registers", "anatomy", "images", "planted", "neurons",
                 "config"):  # fmt: skip
-        return st.one_of(st.sampled_from([world.scores, world.sinks, world.made, world.tokens, world.seen]), KINDS)
+        return st.one_of(st.sampled_from([world.scores, world.sinks, world.trace, world.tokens, world.seen]), KINDS)
     return st.one_of(INTEGERS, FLOATS, MODES, TEXTS, st.lists(MODES, max_size=2), st.lists(FLOATS, max_size=2))
 
 

