@@ -52,16 +52,22 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             raise BadInputError(f"{function.__name__}: model must come from load_model, got a {type(model).__name__}")
         for name, value in bound.arguments.items():
             kind = signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_KEYWORD or name not in hints or "TransformerBridge" in _words(hints[name]):
+            if (
+                kind is inspect.Parameter.VAR_KEYWORD
+                or name not in hints
+                or (name, "Bridge" in _words(hints[name])) == ("model", True)
+            ):
                 continue
             values = value if kind is inspect.Parameter.VAR_POSITIONAL else (value,)
             for one in values:
                 _check(function.__name__, name, one, hints[name])
+            if isinstance(value, Integral) and not isinstance(value, (bool, int)):
+                bound.arguments[name] = int(value)  # numpy's
         _check_hooks(model, bound.arguments)
         if generator or model is None:
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
         with turn(model):
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
 
     return checked
 
@@ -80,18 +86,18 @@ def _check_hooks(model: Any, given: Mapping[str, Any]) -> None:
         for item in hooks:
             if not isinstance(item, (tuple, list)) or len(item) != 2 or not callable(item[1]):
                 raise BadInputError(f"{what} must be a list of (hook name, function), got the item {item!r}")
-            known = (
-                getattr(model, "hook_dict", None) if isinstance(item[0], str) and item[0] not in _seen(model) else None
-            )
-            if known is not None and item[0] not in known:
+            if isinstance(item[0], str) and not _has_hook(model, item[0]):
                 raise BadInputError(f"{what}: the model has no hook {item[0]!r}; model.hook_dict lists them")
-            if known is not None:
-                _seen(model).add(item[0])
 
 
-def _seen(model: Any) -> set[str]:
-    """Hook names that a model was found to have: its table is built anew at every look."""
-    return _hook_names.setdefault(model, set())
+def _has_hook(model: Any, name: str) -> bool:
+    """Whether a bridge has a hook of this name (its table is built anew at every look, so what was found is kept)."""
+    if model is None or not hasattr(type(model), "hook_dict"):
+        return True  # no bridge: the function itself says what it needs
+    seen = _hook_names.setdefault(model, set())
+    if name not in seen and name in model.hook_dict:
+        seen.add(name)
+    return name in seen
 
 
 def turn(model: Any) -> threading.RLock:
@@ -148,11 +154,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
         if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
             return isinstance(value, str) and args[:1] == (str,)
-        if getattr(value, "ndim", 1) == 0 or getattr(value, "is_meta", False):
-            return False
-        return all(fits(one, args[0]) for one in _items(value))
-    if origin is collections.abc.Iterable and isinstance(value, (list, tuple)):
-        return all(fits(one, args[0]) for one in value)
+        return not hasattr(value, "tolist") and all(fits(one, args[0]) for one in value)
+    if origin is collections.abc.Iterable:
+        listed = isinstance(value, (list, tuple))
+        return all(fits(one, args[0]) for one in value) if listed else hasattr(value, "__next__")
     if origin is collections.abc.Callable or hint is Callable:
         return callable(value)
     plain = origin if origin is not None else hint
@@ -161,10 +166,6 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _checkable(plain: type) -> bool:
     return not getattr(plain, "_is_protocol", False) and not plain.__module__.startswith("jaxtyping")
-
-
-def _items(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _each(value: Sequence[Any], kinds: Sequence[Any]) -> bool:

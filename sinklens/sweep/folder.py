@@ -75,11 +75,11 @@ class ResultFolder:
 
     def result(self, key: str) -> Path:
         """Where a job's rows are."""
-        return self.path / "results" / f"{key}.parquet"
+        return self.path / "results" / f"{_name(key)}.parquet"
 
     def failure(self, key: str) -> Path:
         """Where a failed job's traceback is."""
-        return self.path / "failed" / f"{key}.json"
+        return self.path / "failed" / f"{_name(key)}.json"
 
     def has(self, key: str) -> bool:
         """Whether a job is finished; half a file (after a crash of the machine) is none."""
@@ -140,3 +140,10 @@ class ResultFolder:
                 with contextlib.suppress(OSError):
                     if partial.is_file() and time.time() - partial.stat().st_mtime > STALE:
                         partial.unlink()
+
+
+def _name(key: str) -> str:
+    """A key as a file's name: a hash, so that nothing a job table says can lead out of the folder."""
+    if not key.isalnum():
+        raise BadInputError(f"{key!r} is no key of a job: keys are hashes; the job table is damaged")
+    return key
