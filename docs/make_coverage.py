@@ -76,7 +76,7 @@ def main() -> None:
         "# How often intervals hold the truth",
         "",
         f"Written by `python docs/make_coverage.py` on {date.today()}, sinklens {sinklens.__version__}. {RUNS} "
-        f"simulated samples per row, {RESAMPLES} resamples each; a share near 0.95 errs by {error:.3f} (standard error).",
+        f"simulated samples per row, {RESAMPLES} resamples each; a share near 0.95 errs by {error:.3f}.",
         "",
         "Every interval over documents is BCa of a mean, with at least 16 documents (`sinklens.statistics.interval`). "
         "Its nominal coverage is 0.95. Beside it bootstrap-t and Student's t on the same samples; widths are means "
