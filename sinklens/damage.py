@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.attention import block_input
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.metrics import token_loss
 from sinklens.proof import capabilities
 from sinklens.tokens import Tokens, as_tokens
@@ -28,7 +29,7 @@ LARGEST = {"noise": 16.0, "mlp": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
-class MatchedDamage:
+class MatchedDamage(ShownInJupyter, table="_fields"):
     """An edit of a chosen cost.
 
     Attributes:

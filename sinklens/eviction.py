@@ -18,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.jupyter import ShownInJupyter
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.rolling import check_recent
@@ -44,7 +45,7 @@ class Cache:
 
 
 @dataclass(frozen=True, eq=False)
-class EvictionStudy:
+class EvictionStudy(ShownInJupyter):
     """What :func:`eviction_study` measured.
 
     Attributes:

@@ -22,6 +22,7 @@ from sinklens.components import Component, Contributions, component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
+from sinklens.jupyter import ShownInJupyter
 from sinklens.offload import real_weights
 from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
@@ -38,7 +39,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class Neurons:
+class Neurons(ShownInJupyter):
     """What :func:`writer_neurons` found.
 
     Attributes:
@@ -61,6 +62,9 @@ class Neurons:
     ablations: pd.DataFrame
     feeds: pd.DataFrame
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Neurons: the largest of {len(self.writers)} writer(s)"
 
     def to_dataframe(self) -> pd.DataFrame:
         """The table per neuron."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.run import LabRun, by_variant, load_runs
 from sinklens.results import write_text
 
@@ -32,7 +33,7 @@ OPERATIONS = {
 
 
 @dataclass(frozen=True, eq=False)
-class LabComparison:
+class LabComparison(ShownInJupyter):
     """Finished runs of several variants, on the same sequences.
 
     Attributes:
@@ -40,6 +41,9 @@ class LabComparison:
     """
 
     runs: tuple[LabRun, ...]
+
+    def __repr__(self) -> str:
+        return f"LabComparison of {len(self.runs)} run(s)"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per run at the end of training: losses, floors, sink figures, loss without the first token.

@@ -14,6 +14,7 @@ import yaml
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.analysis import analyse
 from sinklens.lab.measure import without_first
 from sinklens.lab.model import LabModel
@@ -27,7 +28,7 @@ MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
-class LabRun:
+class LabRun(ShownInJupyter, table="heads"):
     """One trained model and everything that was measured of it.
 
     Attributes:
@@ -44,6 +45,10 @@ class LabRun:
     dropped: dict[str, float]
     analysis: dict[str, Any]
     folder: Path
+
+    def __repr__(self) -> str:
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in self.last.items() if name.startswith("loss"))
+        return f"LabRun of {self.config.name!r}, seed {self.seed}: {losses} at the end of training"
 
     @property
     def last(self) -> dict[str, float]:

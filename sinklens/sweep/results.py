@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.results import atomic_path
 from sinklens.statistics import summary as mean_and_interval
 from sinklens.sweep.folder import ResultFolder
@@ -26,7 +27,7 @@ _PLACES = ("sequence", "document", "source", "position", "token_id", "layer", "h
 
 
 @dataclass(frozen=True, eq=False)
-class SweepResults:
+class SweepResults(ShownInJupyter):
     """The rows of finished jobs.
 
     Attributes:
