@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-real test-latest architectures lint clean
+.PHONY: setup demo test test-real test-latest torture architectures notebooks docs lint clean
 
 # Everything lands in .venv; nothing else on the machine is touched but the model cache.
 setup: .venv/ready
@@ -36,6 +36,14 @@ test-latest:
 		--upgrade transformer-lens transformers
 	.venv-latest/bin/python -m pip list 2>/dev/null | grep -iE "^(transformer-lens|transformers|torch) "
 	.venv-latest/bin/python -m pytest -n 2 --dist worksteal tests/test_architectures.py tests/test_proof.py
+
+# Run every notebook and keep its outputs, with static images (needs Chromium).
+notebooks: setup
+	$(BIN)/python notebooks/execute.py
+
+# The documentation site in docs/_build/html; a warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 lint: setup
 	$(BIN)/ruff check .

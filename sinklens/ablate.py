@@ -47,18 +47,18 @@ def ablate_sinks(
 
     With ``o = (1 - sigma) o_R + sigma o_S`` (S: the sinks, R: every other key that the query may see):
 
-    ==============  =============================================  ==================================================
-    ``renormalize``  ``o_R``                                        the sink never existed for this head
-    ``zero``         ``(1 - sigma) o_R (+ sigma b_V)``              the mass is parked, nothing is written
-    ``value_only``   ``o_R + sigma (o_S - b_V)``                    what it writes, without taking mass
-    ``scale``        ``lse_S += log g``                             dose-response; g = 0 is ``renormalize``
-    ``mean_value``   ``o_S`` from its mean over other sequences     is what it writes the same everywhere?
-    ``fixed_key``    key: mean over other sequences                 a key bias in Gu's sense
-    ``fixed_logit``  margin: corpus mean per head                   a constant offset
-    ``null``         ``lse_S := 0, o_S := 0``                       StreamingLLM's zero sink in the sink's place
-    ``move``         ``o_S = v_target``                             the mass lands on another token
-    ``uniform``      ``(1 - sigma) o_R + sigma mean_R v``           the mass is spread evenly over the rest
-    ==============  =============================================  ==================================================
+    ================  =============================================  ==================================================
+    ``renormalize``   ``o_R``                                        the sink never existed for this head
+    ``zero``          ``(1 - sigma) o_R (+ sigma b_V)``              the mass is parked, nothing is written
+    ``value_only``    ``o_R + sigma (o_S - b_V)``                    what it writes, without taking mass
+    ``scale``         ``lse_S += log g``                             dose-response; g = 0 is ``renormalize``
+    ``mean_value``    ``o_S`` from its mean over other sequences     is what it writes the same everywhere?
+    ``fixed_key``     key: mean over other sequences                 a key bias in Gu's sense
+    ``fixed_logit``   margin: corpus mean per head                   a constant offset
+    ``null``          ``lse_S := 0, o_S := 0``                       StreamingLLM's zero sink in the sink's place
+    ``move``          ``o_S = v_target``                             the mass lands on another token
+    ``uniform``       ``(1 - sigma) o_R + sigma mean_R v``           the mass is spread evenly over the rest
+    ================  =============================================  ==================================================
 
     A query whose only visible keys are sinks keeps what it had, as does one that sees no sink (or, for ``move``, not
     the target). Elements that an edit leaves alone stay the kernel's own, bit for bit.

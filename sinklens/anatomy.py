@@ -50,6 +50,7 @@ from sinklens.attention import (
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.importance import FAR, MIN_FAR_QUERIES
+from sinklens.jupyter import ShownInJupyter
 from sinklens.proof import Capabilities, capabilities, same_model
 from sinklens.refusals import refuse_unless_softmax
 from sinklens.residuals import typical_mean
@@ -69,7 +70,7 @@ BROADCAST_RANK = 1.5
 
 
 @dataclass(frozen=True, eq=False)
-class Anatomy:
+class Anatomy(ShownInJupyter):
     """Tables of a sink map's insides; columns as the module's text defines them.
 
     Attributes:
@@ -83,6 +84,9 @@ class Anatomy:
     heads: pd.DataFrame
     use: pd.DataFrame
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Anatomy: {len(self.layers)} rows per sink and layer, {len(self.heads)} per sink, layer and head"
 
     def to_dataframe(self) -> pd.DataFrame:
         """The table per (sink, layer)."""

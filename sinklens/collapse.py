@@ -31,6 +31,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.arguments import public
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
+from sinklens.jupyter import ShownInJupyter
 from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
@@ -51,7 +52,7 @@ NAMES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Collapse:
+class Collapse(ShownInJupyter, table="_last_layer"):
     """What :func:`measure_collapse` found.
 
     Attributes:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sinklens.jupyter import notebook_bar
+
 stderr = Console(stderr=True)
 
 
@@ -21,6 +23,10 @@ def progress_bar(description: str, total: int, show: bool | None = None) -> Iter
     The bar disappears when the work ends, also by Ctrl-C or an error.
     """
     visible = (stderr.is_terminal or stderr.is_jupyter) if show is None else show
+    if visible and stderr.is_jupyter:
+        with notebook_bar(description, total) as advance:
+            yield advance
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not visible) as bar:
         task = bar.add_task(description, total=total)

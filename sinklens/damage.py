@@ -18,6 +18,7 @@ from sinklens.arguments import public
 from sinklens.attention import block_input
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.metrics import token_loss
 from sinklens.proof import capabilities
 from sinklens.tokens import Tokens, as_tokens
@@ -29,7 +30,7 @@ LARGEST = {"noise": 16.0, "mlp": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
-class MatchedDamage:
+class MatchedDamage(ShownInJupyter, table="_fields"):
     """An edit of a chosen cost.
 
     Attributes:

@@ -46,6 +46,7 @@ from torch import Tensor
 from sinklens.anatomy import head_class
 from sinklens.components import Component, component_name
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.results import load_tensors, save_tensors
 from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS, SPLITS
 from sinklens.statistics import interval
@@ -76,7 +77,7 @@ NUMBERS = (*MARGIN, *PARAMETERS, *MEANS, *GEOMETRY, *BEYOND, *SHAPE, *BIAS, *WRI
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(ShownInJupyter, table="_fields"):
     """One sink that was decomposed: where it stands, and the layers in which it is one."""
 
     sequence: int
@@ -88,7 +89,7 @@ class Subject:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkDecomposition:
+class SinkDecomposition(ShownInJupyter, table="means"):
     """What :func:`sinklens.decompose_sinks` found.
 
     Attributes:

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.jupyter import ShownInJupyter
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.rolling import check_recent
@@ -45,7 +46,7 @@ class Cache:
 
 
 @dataclass(frozen=True, eq=False)
-class EvictionStudy:
+class EvictionStudy(ShownInJupyter):
     """What :func:`eviction_study` measured.
 
     Attributes:

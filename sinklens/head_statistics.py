@@ -34,6 +34,7 @@ from sinklens.flash_backend import flash
 from sinklens.flash_scores import choose_backend
 from sinklens.forward import Forward
 from sinklens.importance import FAR
+from sinklens.jupyter import ShownInJupyter
 from sinklens.kernels import Block, View, blocked, dense_scores, fused, fused_takes, grouped, without
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import Capabilities, capabilities
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionStatistics:
+class AttentionStatistics(ShownInJupyter):
     """What heads do with some sinks, query by query; positions count from each sequence's first unpadded token.
 
     Attributes:
@@ -68,6 +69,10 @@ class AttentionStatistics:
     sinks: tuple[tuple[int, ...], ...]
     tokens: Tokens
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        layers, heads = self.mass.shape[1:3]
+        return f"AttentionStatistics of {len(self.tokens)} sequence(s), {layers} layers x {heads} heads, {self.sinks=}"
 
     def to_dataframe(self) -> pd.DataFrame:
         """Per (sequence, layer, head): means over the queries that see both S and something else."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.places import Places
 
 Build = Callable[[TransformerBridge | None, Places | None], "Hooks"]
 
 
-class Hooks(list[Any]):
+class Hooks(ShownInJupyter, list[Any], table="_points"):
     """A list ``[(name, function), ...]`` as TransformerLens takes it, so it composes with any other list.
 
     ``model.run_with_hooks(tokens.ids, attention_mask=tokens.mask, fwd_hooks=hooks)`` or
@@ -70,6 +72,17 @@ class Hooks(list[Any]):
         """Add a note once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def _points(self) -> pd.DataFrame:
+        """One row per kind of hook point: in which layers, how many functions."""
+        found: dict[str, list[str]] = {}
+        for name, _ in self:
+            layer, _, point = (
+                name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
+            )
+            found.setdefault(point, []).append(layer)
+        rows = [(point, ", ".join(dict.fromkeys(layers)), len(layers)) for point, layers in found.items()]
+        return pd.DataFrame(rows, columns=pd.Index(["hook point", "layers", "functions"]))
 
     def __repr__(self) -> str:
         notes = "".join(f"\n  note: {note}" for note in self.notes)

@@ -15,12 +15,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 
 FEWEST_LAYERS_FOR_KINDS = 6
 
 
 @dataclass(frozen=True)
-class Thresholds:
+class Thresholds(ShownInJupyter, table="_fields"):
     """Every threshold of detection, by name.
 
     Attributes:

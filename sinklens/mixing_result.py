@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sinklens.errors import BadInputError
 from sinklens.jacobians import squares_interval
+from sinklens.jupyter import ShownInJupyter
 from sinklens.results import load_tensors, save_tensors
 from sinklens.statistics import summary
 from sinklens.tokens import Tokens
@@ -27,7 +28,7 @@ INDICES = ("mix", "via_sink", "spread")
 
 
 @dataclass(frozen=True, eq=False)
-class Mixing:
+class Mixing(ShownInJupyter, table="_last_layer"):
     """What :func:`sinklens.measure_mixing` found.
 
     Attributes:
@@ -184,7 +185,7 @@ class Mixing:
 
 
 @dataclass(frozen=True, eq=False)
-class MixingComparison:
+class MixingComparison(ShownInJupyter, table="_last_layer"):
     """What :func:`sinklens.compare_mixing` found: a :class:`Mixing` per condition, with the same probes, tokens, S.
 
     Attributes:

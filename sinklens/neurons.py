@@ -25,6 +25,7 @@ from sinklens.components import Component, Contributions, component_name
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
+from sinklens.jupyter import ShownInJupyter
 from sinklens.offload import real_weights
 from sinklens.proof import capabilities, has_hook
 from sinklens.results import load_tensors, save_tensors
@@ -43,7 +44,7 @@ _TABLES = ("neurons", "writers", "ablations", "feeds")
 
 
 @dataclass(frozen=True, eq=False)
-class Neurons:
+class Neurons(ShownInJupyter):
     """What :func:`writer_neurons` found.
 
     Attributes:
@@ -66,6 +67,9 @@ class Neurons:
     ablations: pd.DataFrame
     feeds: pd.DataFrame
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Neurons: the largest of {len(self.writers)} writer(s)"
 
     def to_dataframe(self) -> pd.DataFrame:
         """The table per neuron."""

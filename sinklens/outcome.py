@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.results import load_tensors, save_tensors
 from sinklens.statistics import interval
 from sinklens.tokens import Tokens
@@ -33,7 +34,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Experiment:
+class Experiment(ShownInJupyter):
     """What interventions and controls changed.
 
     Attributes:

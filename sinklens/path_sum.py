@@ -39,6 +39,7 @@ from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
+from sinklens.jupyter import ShownInJupyter
 from sinklens.mixing_setup import Sinks, sinks_of
 from sinklens.offload import refuse_offloaded
 from sinklens.proof import capabilities, has_hook
@@ -58,7 +59,7 @@ NORM_POINTS = tuple(f"{norm}.hook_{end}" for norm in ("ln1_post", "ln2", "ln2_po
 
 
 @dataclass(frozen=True, eq=False)
-class PathSums:
+class PathSums(ShownInJupyter):
     """Bound and measured spectral norm of chosen Jacobian blocks.
 
     Attributes:
@@ -69,6 +70,9 @@ class PathSums:
 
     table: pd.DataFrame
     bounds: tuple[Float[Tensor, "layer pos pos2"], ...]
+
+    def __repr__(self) -> str:
+        return f"PathSums: bound and measured norm of {len(self.table)} block(s), {len(self.bounds)} sequence(s)"
 
     def to_dataframe(self) -> pd.DataFrame:
         """The table of measured blocks."""

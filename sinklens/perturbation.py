@@ -34,6 +34,7 @@ from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import EMBED
+from sinklens.jupyter import ShownInJupyter
 from sinklens.mixing_setup import Conditions, Places, Sinks, conditions_of, sinks_of
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
@@ -53,7 +54,7 @@ Swap = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Perturbation:
+class Perturbation(ShownInJupyter, table="_last_layer"):
     """What :func:`perturbation_spread` found.
 
     Attributes:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinklens.errors import UnsupportedModelError
+from sinklens.jupyter import ShownInJupyter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,7 @@ class NoBridgeError(UnsupportedModelError, AttributeError):
 
 
 @dataclass(frozen=True)
-class PlainCapabilities:
+class PlainCapabilities(ShownInJupyter, table="_fields"):
     """What the proof of a model without a bridge found.
 
     Attributes:

@@ -31,6 +31,7 @@ from sinklens.attention import (
     text_config,
 )
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.offload import real_weights
 from sinklens.plain import PlainCapabilities, PlainModel, refusal
 
@@ -51,7 +52,7 @@ _POINTS = (
 
 
 @dataclass(frozen=True)
-class Capabilities:
+class Capabilities(ShownInJupyter, table="_fields"):
     """What the proof found.
 
     Attributes:

@@ -25,6 +25,7 @@ from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.images import Images, as_images
+from sinklens.jupyter import ShownInJupyter
 from sinklens.plain import PlainModel
 from sinklens.plain_backend import stream
 from sinklens.proof import capabilities
@@ -40,7 +41,7 @@ AT_ONCE = 4  # pictures in one forward
 
 
 @dataclass(frozen=True, eq=False)
-class Registers:
+class Registers(ShownInJupyter):
     """Norms of every token after every block, and the rules that they are judged by.
 
     Attributes:

@@ -21,6 +21,7 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import busy
 from sinklens.flash_scores import choose_backend, flash_scores, only
 from sinklens.importance import by_position, column_means, never_far, visibility
+from sinklens.jupyter import ShownInJupyter
 from sinklens.places import check_positions
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.proof import Capabilities, capabilities, record
@@ -36,7 +37,7 @@ PATTERN_BYTES = 256 * 2**20  # what one layer's patterns may take per batch
 
 
 @dataclass(frozen=True, eq=False)
-class SinkScores:
+class SinkScores(ShownInJupyter, table="position_table"):
     """Attention per position, layer and head.
 
     Attributes:
@@ -55,6 +56,10 @@ class SinkScores:
     learned_sink: Float[Tensor, "batch layer head"] | None
     tokens: Tokens
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shape = f"{len(self.tokens)} sequence(s), {self.n_layers} layers x {self.n_heads} heads"
+        return f"SinkScores of {self.info.get('model')}: {shape}; sink rate of position 0: {self.sink_rate():.3f}"
 
     @property
     def n_layers(self) -> int:

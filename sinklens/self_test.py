@@ -33,6 +33,7 @@ from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.images import Images, load_images
+from sinklens.jupyter import ShownInJupyter
 from sinklens.plain import PlainModel
 from sinklens.proof import record
 from sinklens.results import atomic_path
@@ -125,7 +126,7 @@ class Checked:
 
 
 @dataclass(frozen=True, eq=False)
-class SelfTest:
+class SelfTest(ShownInJupyter):
     """What :func:`check_model` found.
 
     Attributes:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.lives import Life, Thresholds, activity, kind_of, lives, main_life, strongest
 from sinklens.results import load_tensors, save_tensors
 from sinklens.tokens import Tokens
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sink:
+class Sink(ShownInJupyter, table="_fields"):
     """One sink of one sequence.
 
     Attributes:
@@ -69,7 +70,7 @@ class Sink:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkMap:
+class SinkMap(ShownInJupyter):
     """The sinks of a batch of sequences; iterate over it for :class:`Sink` objects.
 
     Attributes:

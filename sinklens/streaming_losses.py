@@ -20,6 +20,7 @@ from sinklens.attention import logit_factor, original, text_config
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import flash
+from sinklens.jupyter import ShownInJupyter
 from sinklens.predictions import UNEMBED, predictions, scored_logits
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
@@ -35,7 +36,7 @@ ROWS = 64  # positions whose logits exist at once
 
 
 @dataclass(frozen=True, eq=False)
-class StreamingLoss:
+class StreamingLoss(ShownInJupyter):
     """The loss of every prediction under one rolling cache.
 
     Attributes:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.results import load_tensors, save_tensors
 from sinklens.statistics import interval
 from sinklens.tokens import Tokens
@@ -24,7 +25,7 @@ Key = int | float | tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class Sweep(ShownInJupyter):
     """What :func:`sinklens.sweep_ablation` found.
 
     Attributes:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -22,6 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.arguments import public
 from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.plain import PlainModel
 from sinklens.proof import record
 from sinklens.results import load_tensors, save_tensors
@@ -31,7 +33,7 @@ DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class Tokens(ShownInJupyter, table="_listing"):
     """A batch of token sequences.
 
     Attributes:
@@ -51,6 +53,15 @@ class Tokens:
     documents: tuple[int, ...]
     special: Bool[Tensor, "batch pos"]
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        lengths = self.lengths.tolist()
+        return f"{type(self).__name__}: {len(self)} sequence(s) of {min(lengths)} to {max(lengths)} tokens"
+
+    def _listing(self) -> pd.DataFrame:
+        """One row per sequence: where it is from, its length, how it begins."""
+        begins = ["".join(labels[:12]) for labels in self.labels]
+        return pd.DataFrame({"source": self.sources, "tokens": self.lengths.tolist(), "begins": begins})
 
     def __len__(self) -> int:
         """The number of sequences."""

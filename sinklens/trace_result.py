@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sinklens.components import Component, component_name
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.results import load_tensors, save_tensors
 from sinklens.sinkmap import Sink
 from sinklens.statistics import interval
@@ -102,7 +103,7 @@ class Traced:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkTrace:
+class SinkTrace(ShownInJupyter, table="writers"):
     """What :func:`sinklens.trace_sinks` found.
 
     Attributes:

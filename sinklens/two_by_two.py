@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.statistics import interval
 
 CELLS = ("renormalize", "zero", "value_only")
@@ -42,7 +43,7 @@ def shapley(cells: Float[Tensor, "3 *any"]) -> dict[str, Float[Tensor, "*any"]]:
 
 
 @dataclass(frozen=True, eq=False)
-class TwoByTwo:
+class TwoByTwo(ShownInJupyter):
     """The 2x2 of every key: all heads at once, every layer, or every (layer, head).
 
     Attributes:
@@ -63,6 +64,9 @@ class TwoByTwo:
     exact: Bool[Tensor, " key"]
     documents: tuple[int, ...]
     length: int
+
+    def __repr__(self) -> str:
+        return f"TwoByTwo by {self.scope}: {', '.join(self.values)} over {len(self.documents)} sequence(s)"
 
     def part(self, metric: str, name: str) -> Float[Tensor, "key batch"]:
         """One of ``mass_part``, ``value_part``, ``interaction``, ``total``, per sequence."""
@@ -143,7 +147,7 @@ class TwoByTwo:
 
 
 @dataclass(frozen=True, eq=False)
-class Claims:
+class Claims(ShownInJupyter):
     """Mass, key bias, offset, parameter: four claims, each with its own test.
 
     Attributes:
@@ -162,6 +166,9 @@ class Claims:
     documents: tuple[int, ...]
     sink_documents: tuple[int, ...]
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return f"Claims, by {self.metric} over {len(self.documents)} sequence(s)"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per claim: what was tested, its effect with a 95 % interval over documents, and the verdict.

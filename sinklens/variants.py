@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.metrics import token_loss
 from sinklens.predictions import predictions
 from sinklens.proof import capabilities
@@ -28,7 +29,7 @@ VARIANTS = ("keep", "removed", "replaced", "doubled", "middle")
 SHORTEST = 4
 
 
-class BosVariants(dict[str, Tokens]):
+class BosVariants(ShownInJupyter, dict[str, Tokens], table="_listing"):
     """Variants of a batch by name, with the tokens that all of them predict.
 
     ``targets[name][b]`` are the positions, in that variant, of sequence b's scored tokens: the same tokens in the
@@ -40,6 +41,15 @@ class BosVariants(dict[str, Tokens]):
         super().__init__(variants)
         self.targets = targets
         self.replacement = replacement
+
+    def __repr__(self) -> str:
+        return f"BosVariants: {', '.join(self)} of {len(self['keep'])} sequence(s); replacement {self.replacement!r}"
+
+    def _listing(self) -> pd.DataFrame:
+        """One row per variant: how its first sequence begins, how many tokens are scored in all."""
+        begins = ["".join(tokens.labels[0][:12]) for tokens in self.values()]
+        scored = [sum(map(len, self.targets[name])) for name in self]
+        return pd.DataFrame({"variant": list(self), "begins": begins, "scored": scored})
 
     def losses(
         self, model: TransformerBridge, *, hooks: Sequence[Any] = (), mask_id: int | None = None

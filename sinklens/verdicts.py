@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 import torch
 
+from sinklens.jupyter import ShownInJupyter
 from sinklens.statistics import interval
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class Verdict(ShownInJupyter):
     """One claim, tested.
 
     Attributes:

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.models import native_tokenizer
 from sinklens.plain import PlainModel
 from sinklens.proof import record
@@ -152,7 +153,7 @@ def _vocabulary(model: TransformerBridge | PlainModel, size: int) -> Vocabulary:
 
 
 @dataclass(frozen=True)
-class NamedTokens:
+class NamedTokens(ShownInJupyter, table="_fields"):
     """A predicate on ids, for ``ablate_sinks(model, ...)``: true at every token with one of these ids."""
 
     ids: tuple[int, ...]

@@ -12,6 +12,7 @@ import pandas as pd
 
 from sinklens.arguments import public
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.run import LabRun, by_variant, load_runs
 from sinklens.results import write_text
 
@@ -33,7 +34,7 @@ OPERATIONS = {
 
 
 @dataclass(frozen=True, eq=False)
-class LabComparison:
+class LabComparison(ShownInJupyter):
     """Finished runs of several variants, on the same sequences.
 
     Attributes:
@@ -41,6 +42,9 @@ class LabComparison:
     """
 
     runs: tuple[LabRun, ...]
+
+    def __repr__(self) -> str:
+        return f"LabComparison of {len(self.runs)} run(s)"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per run at the end of training: losses, floors, sink figures, loss without the first token.

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.analysis import analyse
 from sinklens.lab.measure import without_first
 from sinklens.lab.model import LabModel
@@ -28,7 +29,7 @@ MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
-class LabRun:
+class LabRun(ShownInJupyter, table="heads"):
     """One trained model and everything that was measured of it.
 
     Attributes:
@@ -45,6 +46,10 @@ class LabRun:
     dropped: dict[str, float]
     analysis: dict[str, Any]
     folder: Path
+
+    def __repr__(self) -> str:
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in self.last.items() if name.startswith("loss"))
+        return f"LabRun of {self.config.name!r}, seed {self.seed}: {losses} at the end of training"
 
     @property
     def last(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 
 from sinklens.arguments import public
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.results import atomic_path
 from sinklens.statistics import summary as mean_and_interval
 from sinklens.sweep.folder import ResultFolder
@@ -27,7 +28,7 @@ _PLACES = ("sequence", "document", "source", "position", "token_id", "layer", "h
 
 
 @dataclass(frozen=True, eq=False)
-class SweepResults:
+class SweepResults(ShownInJupyter):
     """The rows of finished jobs.
 
     Attributes:

@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 
 from sinklens.arguments import public
+from sinklens.jupyter import ShownInJupyter
 from sinklens.sweep.folder import ResultFolder
 
 
 @dataclass(frozen=True)
-class SweepStatus:
+class SweepStatus(ShownInJupyter):
     """How far a sweep is.
 
     Attributes:
