@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-latest architectures lint clean
+.PHONY: setup demo test test-latest architectures torture lint clean
 
 # Everything lands in .venv; nothing else on the machine is touched but the model cache.
 setup: .venv/ready
@@ -17,6 +17,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Everything that goes wrong, at full size: 50 kills, 10,000 fuzz cases, every function stopped at 20 moments. Hours.
+torture: setup
+	$(BIN)/python benchmarks/torture.py
 
 # The table of docs/architectures.md, from the run of its tests.
 architectures: setup
