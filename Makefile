@@ -23,6 +23,10 @@ test: setup
 test-real: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "($(SLOW)) and not torture"
 
+# Everything that goes wrong, at full size: 50 kills, 10,000 fuzz cases, every function stopped at 20 moments. Hours.
+torture: setup
+	$(BIN)/python benchmarks/torture.py
+
 # The table of docs/architectures.md, from the run of its tests.
 architectures: setup
 	$(BIN)/python -m pytest tests/test_architectures.py -p no:xdist --architectures-table

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import count
 from public_calls import CALLS, PUBLIC, World, call
 from state import Strike, Struck, changed, model_state, process_state
 
@@ -74,6 +75,7 @@ def test_a_function_leaves_model_and_process_as_they_were(world: World, name: st
                 stopped = watcher(at, error)
                 with pytest.raises((error, sl.SinklensError)) if error is Fault else pytest.raises(error):
                     stopped.around(run)
+                count("interruptions survived", 1)
                 where = list(stopped)[-3:] if isinstance(stopped, Strike) else f"forward {at}"
                 assert changed(before, everything(world)) == [], f"{error.__name__} in {where}"
     assert all(torch.equal(a, b) for a, b in zip(clean, outputs(world), strict=True))

@@ -1,0 +1,86 @@
+"""Kills, wild input and interruptions at full size, and a summary: what ``make torture`` runs.
+
+    python benchmarks/torture.py [--kills 50] [--cases 10000] [--moments 20] [--real]
+
+The tests are those of CI (``tests/test_kills.py``, ``test_fuzz.py``, ``test_fuzz_files.py``, ``test_cleanup.py``) with
+other sizes, set by ``SINKLENS_KILLS`` (per stage, five stages), ``SINKLENS_FUZZ`` and ``SINKLENS_STRIKES``. ``--real``
+also kills the fetch and the conversion of SmolLM2 (93 MB) as often as one stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1] / "tests"
+STAGES = 5
+
+
+def run(options: argparse.Namespace, counts: Path) -> int:
+    """The tests at these sizes; pytest's exit status."""
+    sizes = {
+        "SINKLENS_KILLS": max(1, options.kills // STAGES),
+        "SINKLENS_FUZZ": options.cases,
+        "SINKLENS_STRIKES": options.moments,
+    }
+    given = {name: str(value) for name, value in sizes.items()} | {"SINKLENS_COUNTS": str(counts)}
+    files = [str(TESTS / f"test_{name}.py") for name in ("kills", "fuzz", "fuzz_files", "cleanup", "safety")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "--tb=short", *files]
+    return subprocess.run(command, env=os.environ | given, check=False).returncode
+
+
+def kill_the_real_fetch(kills: int) -> int:
+    """Kill a fetch of SmolLM2 into an empty cache at random moments until it is whole; how many kills it took."""
+    killed, chance = 0, random.Random(0)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"SINKLENS_CACHE": cache}
+        command = [sys.executable, "-c", "from sinklens.embedded import fetch; fetch('smollm2-135m')"]
+        while True:
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+            if killed < kills:
+                time.sleep(chance.uniform(0, 20))
+                if process.poll() is None:
+                    process.send_signal(signal.SIGKILL)
+                    killed += 1
+            if process.wait() == 0:
+                break
+        check = "import sinklens as sl; sl.sink_scores(sl.load_model('smollm2-135m'), 'a text to see that it works')"
+        subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+    return killed
+
+
+def main() -> int:
+    """Run, and print the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--real", action="store_true")
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts"
+        counts.touch()
+        status = run(options, counts)
+        total: Counter[str] = Counter()
+        for line in counts.read_text(encoding="utf-8").splitlines():
+            what, number = line.split("\t")
+            total[what] += int(number)
+    real = kill_the_real_fetch(options.kills // STAGES) if options.real else 0
+    print(f"torture, {time.monotonic() - began:.0f} s: {'nothing failed' if status == 0 else 'FAILURES, see above'}")
+    print(f"  kills survived: {total['kills survived']} of tiny models, {real} of the real fetch and conversion")
+    print(f"  cases fuzzed: {total['cases fuzzed']}")
+    print(f"  interruptions survived: {total['interruptions survived']}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
