@@ -91,7 +91,7 @@ def numbers(model: Any, family: str) -> dict[str, Tensor]:
 def _traced(model: Any) -> dict[str, Tensor]:
     """What a model with planted writers shows: a trace, its causes."""
     trace = sl.trace_sinks(model, texts(3), replacements=("same_id", "zero"), progress=False)
-    shares = torch.stack([torch.tensor([share for _, share in one.shares()]) for one in trace.traced[:3]])
+    shares = torch.tensor([share for one in trace.traced for _, share in one.shares()])
     causes = {name: torch.tensor([float(row[name]) for row in trace.causes]) for name in ("d_alpha", "d_margin")}
     rho = torch.tensor([one.rho for one in trace.traced])
     return {"trace_sinks: shares": shares, "trace_sinks: rho": rho} | {
