@@ -22,6 +22,7 @@ from test_trace import planted_writers, texts
 
 import sinklens as sl
 from sinklens.contexts import shuffle
+from sinklens.damage import damage
 from sinklens.streaming import eviction_study
 from sinklens.tokens import as_tokens
 
@@ -64,7 +65,6 @@ def runs() -> dict[str, Callable[[], Any]]:
     model = build_pair("llama")[1]
     ids = as_tokens(model, torch.stack(random_rows((48,) * 4)))
     zero = sl.ablate_sinks(model, [0], "renormalize")
-    mild = sl.ablate_sinks(model, [0], "scale", g=0.9)
     traced = planted_writers()
     sequences = texts(6)
     sequences[::2, 50] = 4
@@ -89,7 +89,7 @@ def runs() -> dict[str, Callable[[], Any]]:
         "perturbation_spread": lambda: sl.perturbation_spread(model, ids, sinks=[0], n_swaps=6, **quiet),
         "measure_mixing": lambda: sl.measure_mixing(model, ids[0], sinks=[0], probes=3, **quiet),
         "path_sums": lambda: sl.path_sums(model, ids.ids[:1, :12], sinks=[0], **quiet).bounds,
-        "matched_damage": lambda: sl.matched_damage(model, ids, mild, **quiet).size,
+        "matched_damage": lambda: sl.token_loss(model, ids, hooks=damage(model, "noise", 0.3, range(2), seed=3)),
         "decompose_sinks": lambda: sl.decompose_sinks(model, ids, [0], effects="all", most_scored=5, **quiet),
         "eviction_study": lambda: eviction_study(model, ids, 12, first=(2,), **quiet),
         "trace_sinks": lambda: sl.trace_sinks(traced, sequences, replacements=("same_id",), most_proven=1, **quiet),
