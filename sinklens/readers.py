@@ -42,10 +42,10 @@ def reading_heads(
 
     Returns:
         One row per (layer, head): ``beta``: mean far importance over the sinks alive in the layer, ``null``: its mean
-        over the draws, ``sinks``: how many are alive, ``p`` (one-sided, ``(1 + #{null >= beta}) / (1 + n)``), ``reads``
-        (significant at the level). Layers in which no sink is alive, or none has a far importance, have no rows. The
-        smallest p is ``1 / (1 + permutations)``, so more heads need more permutations. ``reads.mean()`` is the share
-        of reading heads.
+        over the draws, ``sinks``: how many are alive, ``p`` (one-sided, ``(1 + #{null >= beta}) / (1 + n)``), ``q``
+        (p corrected over all heads: Benjamini and Hochberg), ``reads`` (q at most the level). Layers in which no sink
+        is alive, or none has a far importance, have no rows. The smallest p is ``1 / (1 + permutations)``, so more
+        heads need more permutations. ``reads.mean()`` is the share of reading heads.
 
     Cost: no forward.
 
@@ -105,6 +105,7 @@ def reading_heads(
             )
     table = pd.DataFrame(found)
     adjusted = false_discovery_control(table.p.tolist())
+    table["q"] = [float(q) for q in adjusted]
     table["reads"] = [bool(q <= level + math.ulp(1.0)) for q in adjusted]
     return table
 

@@ -203,7 +203,7 @@ def sequence_losses(
         ours = _logits(model, states[0][-1:])[0]
         if (ours - last).abs().max() <= tolerance * (1 + last.abs().max()):
             for rows in torch.arange(ids.shape[1] - 1).split(ROWS):
-                found[rows] = _cross_entropy(_logits(model, states[0][rows.to(ids.device)]), ids[0, rows + 1])
+                found[rows] = _cross_entropy(_logits(model, states[0][rows.to(ids.device)]), ids[0, rows + 1]).to(found)
         else:  # the host does more behind its unembedding than is known here, so it must give the logits itself
             for rows in torch.arange(ids.shape[1] - 1).split(16 * ROWS):
                 found[rows] = _cross_entropy(scored_logits(model, ids, rows, []), ids[0, rows + 1])

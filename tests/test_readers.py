@@ -65,6 +65,7 @@ def test_reading_heads_are_compared_with_the_one_token_that_can_be_drawn(null: s
         assert row["p"] == pytest.approx(1.0 if sum(drawn) >= sum(own) else 1 / 20)
     assert 0 < (table.p < 1).mean() < 1
     share = (table.p < 1).mean()  # Benjamini and Hochberg: the smallest p, over its share of all
+    assert table.q.tolist() == pytest.approx([min(p / share, 1.0) if p < 1 else 1.0 for p in table.p])
     assert table.reads.tolist() == ((table.p < 1) & (0.05 / share <= 0.6)).tolist()
     for level, reads in ((0.99 * 0.05 / share, 0), (1.01 * 0.05 / share, share)):
         found = sl.reading_heads(scores, sinks, null=null, permutations=19, level=level)
