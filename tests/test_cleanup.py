@@ -120,11 +120,10 @@ def test_nested_contexts_end_in_any_depth(world: World) -> None:
 
 
 def numbers(world: World) -> list[torch.Tensor]:
-    """Scores by both backends, an edit's losses, mixing."""
+    """Scores by both backends, an edit's losses."""
     model, tokens = world.model, world.tokens
     found = [sl.sink_scores(model, tokens, backend=backend).alpha for backend in ("hooks", "flash")]
     found.append(sl.token_loss(model, tokens, hooks=sl.ablate_sinks(model, [0])))
-    found.append(sl.measure_mixing(model, world.short, sinks=[0], probes=2, progress=False).mix)
     return found
 
 
