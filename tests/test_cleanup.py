@@ -92,11 +92,11 @@ def test_two_models_in_two_threads_give_what_each_gives_alone(world: World, tmp_
 
 
 def test_threads_take_turns_on_one_model(world: World) -> None:
-    alone, before = numbers(world), everything(world)
+    alone, before = numbers(world), model_state(world.model)
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(numbers, [world] * 6))
     assert all(equal(found, alone) for found in together)
-    assert changed(before, everything(world)) == []
+    assert changed(before, model_state(world.model)) == []
 
 
 def test_a_function_waits_while_another_thread_holds_a_context_of_its_model(world: World) -> None:
