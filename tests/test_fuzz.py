@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import fuzzing
+import jaxtyping
 import pytest
 from counting import count
 from hypothesis import HealthCheck, given, settings
@@ -47,6 +48,15 @@ def fuzz(cases: int) -> Any:
         max_examples=cases, deadline=None, database=None, derandomize=CASES <= 500,
         suppress_health_check=list(HealthCheck), print_blob=False,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it() -> Iterator[None]:
+    """Without the type checks of the other tests, which users do not have: the package must refuse by itself."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="module")

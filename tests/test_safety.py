@@ -38,9 +38,9 @@ def offences(source: str) -> list[str]:
         name = node.func
         if isinstance(name, ast.Name) and name.id in FORBIDDEN_CALLS:
             found.append(name.id)
-        if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):
-            if (name.value.id, name.attr) in FORBIDDEN_METHODS:
-                found.append(f"{name.value.id}.{name.attr}")
+        dotted = isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name)
+        if dotted and (name.value.id, name.attr) in FORBIDDEN_METHODS:
+            found.append(f"{name.value.id}.{name.attr}")
         for word in node.keywords:
             value = word.value.value if isinstance(word.value, ast.Constant) else "?"
             if word.arg in ("trust_remote_code", "allow_pickle", "shell") and value is not False:
@@ -55,7 +55,8 @@ def test_no_module_unpickles_evaluates_or_trusts(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["import pickle", "from joblib import load", "torch.load(p)", "eval(x)", "yaml.load(x)", "f(trust_remote_code=True)",
+    ["import pickle",
+     "from joblib import load", "torch.load(p)", "eval(x)", "yaml.load(x)", "f(trust_remote_code=True)",
      "np.load(p, allow_pickle=True)", "f(trust_remote_code=flag)", "run(c, shell=True)", "import random"],
 )  # fmt: skip
 def test_the_scan_sees_what_it_is_for(line: str) -> None:
