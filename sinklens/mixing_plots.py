@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinklens.plots import MUTED, curve, escape_hover, themed
+from sinklens.plots import MUTED, SCALE, curve, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.mixing_result import Mixing
@@ -50,7 +50,7 @@ def sensitivity_map(found: Mixing, sequence: int, layer: int) -> go.Figure:
     ]
     figure = go.Figure(
         go.Heatmap(
-            z=values.log10().tolist(), x=labels, y=labels, colorscale="Viridis",
+            z=values.log10().tolist(), x=labels, y=labels, colorscale=SCALE,
             colorbar={"title": "log10 |J|"}, hovertemplate="row %{y}<br>column %{x}<br>%{z:.2f}<extra></extra>",
         )
     )  # fmt: skip

@@ -265,7 +265,7 @@ def test_a_model_without_a_bridge_gets_the_scan_and_the_reasons(tmp_path: Path) 
     sl.write_report(model, ids, tmp_path, quick=True)
     facts = json.loads((tmp_path / "manifest.json").read_text())
     assert set(facts["result"]["left_out"]) == {"experiment", "decomposition", "trace", "neurons", "mixing"}
-    assert "needs a TransformerLens bridge" in (tmp_path / "report.md").read_text()
+    assert "need a TransformerLens bridge" in (tmp_path / "report.md").read_text()
     assert files_of(tmp_path) >= SAID
 
 
