@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
     from sinklens.mixing import compare_mixing, measure_mixing
-    from sinklens.mixing_conditions import MixingConditions, mixing_conditions
+    from sinklens.mixing_edits import MixingConditions, mixing_conditions
     from sinklens.mixing_page import write_mixing
     from sinklens.mixing_result import Mixing, MixingComparison
     from sinklens.mixing_sweeps import jacobian_norms, mixing_by_length
@@ -91,7 +91,7 @@ _HOMES = {
     "MatchedDamage": "damage",
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
-    "MixingConditions": "mixing_conditions",
+    "MixingConditions": "mixing_edits",
     "NamedTokens": "vocabulary",
     "Neurons": "neurons",
     "PathSums": "path_sum",
@@ -139,7 +139,7 @@ _HOMES = {
     "measure_collapse": "collapse",
     "measure_mixing": "mixing",
     "mixing_by_length": "mixing_sweeps",
-    "mixing_conditions": "mixing_conditions",
+    "mixing_conditions": "mixing_edits",
     "named_tokens": "vocabulary",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
@@ -215,8 +215,8 @@ __all__ = [
     "ablate_sinks",
     "attention_grid",
     "attention_map",
-    "attention_view",
     "attention_statistics",
+    "attention_view",
     "bos_variants",
     "capabilities",
     "check_model",
