@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sinklens.anatomy import Anatomy, sink_anatomy
     from sinklens.bos import patch_bos
     from sinklens.collapse import Collapse, measure_collapse
-    from sinklens.conditions import MixingConditions, mixing_conditions
     from sinklens.contexts import compare_contexts
     from sinklens.damage import MatchedDamage, matched_damage
     from sinklens.decompose import decompose_sinks
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from sinklens.lives import Thresholds
     from sinklens.metrics import token_loss
     from sinklens.mixing import compare_mixing, measure_mixing
+    from sinklens.mixing_edits import MixingConditions, mixing_conditions
     from sinklens.mixing_page import write_mixing
     from sinklens.mixing_result import Mixing, MixingComparison
     from sinklens.mixing_sweeps import jacobian_norms, mixing_by_length
@@ -94,7 +94,7 @@ _HOMES = {
     "MatchedDamage": "damage",
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
-    "MixingConditions": "conditions",
+    "MixingConditions": "mixing_edits",
     "NamedTokens": "vocabulary",
     "Neurons": "neurons",
     "PathSums": "path_sum",
@@ -144,7 +144,7 @@ _HOMES = {
     "measure_collapse": "collapse",
     "measure_mixing": "mixing",
     "mixing_by_length": "mixing_sweeps",
-    "mixing_conditions": "conditions",
+    "mixing_conditions": "mixing_edits",
     "named_tokens": "vocabulary",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
@@ -223,8 +223,8 @@ __all__ = [
     "ablate_sinks",
     "attention_grid",
     "attention_map",
-    "attention_view",
     "attention_statistics",
+    "attention_view",
     "bos_variants",
     "capabilities",
     "check_model",
