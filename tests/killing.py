@@ -102,7 +102,10 @@ def whole_gguf(path: Path) -> Path:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    tokens = [words.convert_ids_to_tokens(i) for i in range(config.vocab_size - 1)] + ["ab"]  # a merge needs its token
+    tokens = [
+        *map(str, words.convert_ids_to_tokens(list(range(config.vocab_size - 1)))),
+        "ab",
+    ]  # a merge needs its token
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))

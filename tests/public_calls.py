@@ -79,7 +79,7 @@ def wicked_ids(rows: int = 4, seed: int = 0) -> torch.Tensor:
     words = byte_tokenizer()
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor(words.encode("abcdefghijklmnop "))[torch.randint(0, 17, (rows, LENGTH), generator=generator)]
-    bad = [words.convert_tokens_to_ids(name) for name in WICKED]
+    bad = torch.tensor(words.convert_tokens_to_ids(list(WICKED)))
     for row in range(rows):
         for i, position in enumerate((*SINKS, 3, 11, 20, 21, 30, 40)):
             ids[row, position] = bad[(i + row) % len(bad)]

@@ -22,7 +22,7 @@ from sinklens.sweep.folder import ResultFolder
 SOURCES = sorted(Path(sl.__file__).parent.rglob("*.py"))
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "random"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_METHODS = {("torch", "load"), ("torch", "save"), ("yaml", "load"), ("pd", "read_pickle"), ("os", "system")}
+FORBIDDEN_METHODS = {"torch.load", "torch.save", "yaml.load", "pd.read_pickle", "os.system"}
 
 
 def offences(source: str) -> list[str]:
@@ -38,9 +38,8 @@ def offences(source: str) -> list[str]:
         name = node.func
         if isinstance(name, ast.Name) and name.id in FORBIDDEN_CALLS:
             found.append(name.id)
-        dotted = isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name)
-        if dotted and (name.value.id, name.attr) in FORBIDDEN_METHODS:
-            found.append(f"{name.value.id}.{name.attr}")
+        if isinstance(name, ast.Attribute) and ast.unparse(name) in FORBIDDEN_METHODS:
+            found.append(ast.unparse(name))
         for word in node.keywords:
             value = word.value.value if isinstance(word.value, ast.Constant) else "?"
             if word.arg in ("trust_remote_code", "allow_pickle", "shell") and value is not False:
