@@ -102,7 +102,7 @@ def whole_gguf(path: Path) -> Path:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    tokens = [
+    tokens = [*map(str, words.convert_ids_to_tokens([*range(config.vocab_size - 1)])), "ab"]  # a merge needs its token
         *map(str, words.convert_ids_to_tokens(list(range(config.vocab_size - 1)))),
         "ab",
     ]  # a merge needs its token
