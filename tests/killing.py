@@ -103,9 +103,6 @@ def whole_gguf(path: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokens = [*map(str, words.convert_ids_to_tokens([*range(config.vocab_size - 1)])), "ab"]  # a merge needs its token
-        *map(str, words.convert_ids_to_tokens(list(range(config.vocab_size - 1)))),
-        "ab",
-    ]  # a merge needs its token
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
