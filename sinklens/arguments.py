@@ -63,7 +63,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 _check(function.__name__, name, one, hints[name])
             if isinstance(value, Integral) and not isinstance(value, (bool, int)):
                 bound.arguments[name] = int(value)  # numpy's
-        _check_hooks(model, bound.arguments)
+        if model is not None:
+            _check_hooks(model, bound.arguments)
         if generator or model is None:
             return function(*bound.args, **bound.kwargs)
         with turn(model):

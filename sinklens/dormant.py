@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.attention import allowed_keys, attention_hook, by_head, output_weights
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
@@ -91,6 +92,7 @@ class HeadActivity:
         return cls(**own, tokens=Tokens.from_parts(batch, meta["tokens"]), info=meta["info"])
 
 
+@public
 def head_activity(
     model: TransformerBridge, tokens: str | Sequence[str] | Tensor | Tokens, *, progress: bool | None = None
 ) -> HeadActivity:

@@ -9,9 +9,11 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
+from sinklens.arguments import public
 from sinklens.damage import matched_damage
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.metrics import token_loss
+from sinklens.proof import capabilities
 from sinklens.sinkmap import SinkMap
 
 KINDS = ("primary", "secondary", "undetermined")
@@ -30,6 +32,7 @@ class MixingConditions:
     losses: dict[str, float]
 
 
+@public
 def mixing_conditions(
     model: TransformerBridge,
     sinks: SinkMap,
@@ -48,8 +51,10 @@ def mixing_conditions(
         seed: of the noise.
 
     Raises:
+        UnsupportedModelError: a model without a bridge.
         BadInputError: doses, and no primary sink to scale.
     """
+    capabilities(model)
     edits: dict[str, Sequence[Any]] = {}
     for kind in KINDS:
         chosen = sinks.where(kind=kind)

@@ -364,6 +364,8 @@ def _check_shapes(batch: Tokens) -> None:
     integral = not (batch.ids.is_floating_point() or batch.ids.is_complex() or batch.ids.dtype == torch.bool)
     if not integral or kinds != (torch.bool, torch.bool):
         raise BadInputError(f"Tokens hold integer ids and bool masks, got {batch.ids.dtype}, {kinds[0]} and {kinds[1]}")
+    if (batch.mask.int().diff(dim=1) == 1).sum(1).add(batch.mask[:, 0].int()).max() > 1:
+        raise BadInputError("a mask has holes; each sequence must be one unbroken run of tokens")
     listed = (len(batch.labels), len(batch.sources), len(batch.documents))
     if set(listed) != {len(batch)} or [len(row) for row in batch.labels] != batch.lengths.tolist():
         raise BadInputError("labels, sources and documents of Tokens must have an entry for each sequence (and token)")
@@ -385,8 +387,6 @@ def _checked(model: TransformerBridge | PlainModel, batch: Tokens) -> Tokens:
             f"{batch.sources[row]} has {int(lengths[row])} tokens, past the context window of {facts.model} "
             f"({facts.context}); shorten it, or give load_tokens a seq_len"
         )
-    if (batch.mask.int().diff(dim=1) == 1).sum(1).add(batch.mask[:, 0].int()).max() > 1:
-        raise BadInputError("a mask has holes; each sequence must be one unbroken run of tokens")
     ids = batch.ids[batch.mask]
     if int(ids.min()) < 0 or int(ids.max()) >= facts.vocabulary:
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())

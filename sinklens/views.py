@@ -70,6 +70,7 @@ def token_view(sinks: SinkMap, sequence: int = 0) -> TokenView:
     return _offline(colored_tokens_multi(_hidden(labels), mass.T.contiguous(), labels=names))
 
 
+@public
 def attention_view(
     model: TransformerBridge, text: str | Sequence[str] | Tensor | Tokens, *, layer: int, sequence: int = 0
 ) -> TokenView:

@@ -521,7 +521,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mode": "remove"}, "mode must be"),
     ({"mode": "scale"}, "needs g"),
     ({"mode": "scale", "g": -1.0}, "needs g"),
-    ({"mode": "scale", "g": float("nan")}, "needs g"),
+    ({"mode": "scale", "g": float("nan")}, "g is NaN"),
     ({"g": 0.5}, "needs g"),
     ({"mode": "move"}, "needs a target"),
     ({"mode": "move", "target": 0}, "one of the sinks"),

@@ -214,7 +214,7 @@ def test_bad_requests_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"exact": "some"}, "exact is"),
         ({"exact": True, "route": "reverse"}, "forward mode"),
         ({"most": 1}, "at least 2"),
-        ({"chunk": 0}, "at least 1"),
+        ({"chunk": 0}, "chunk must be 1"),
     ]
     for options, match in wrong:
         with pytest.raises(sl.BadInputError, match=match):

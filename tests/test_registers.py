@@ -96,7 +96,7 @@ def test_registers_survive_saving(model: sl.PlainModel, tmp_path: Path) -> None:
     "wrong", [{"ratio": 0.0}, {"ratio": float("nan")}, {"norm": -1.0}, {"sigmas": 0.0}, {"layer": LAYERS}]
 )
 def test_thresholds_that_make_no_sense_are_refused(wrong: dict, model: sl.PlainModel) -> None:
-    with pytest.raises(sl.BadInputError, match="positive number|out of range"):
+    with pytest.raises(sl.BadInputError, match="positive number|out of range|is NaN"):
         sl.register_tokens(model, pictures(model), **wrong)
 
 

@@ -242,7 +242,7 @@ def test_a_rotation_that_no_table_explains_is_refused() -> None:
         ([2, 2], 8, "twice"),
         ([30], 8, "out of range"),
         ([[1], [2]], 8, "2 lists"),
-        ([1, [2]], 8, "mixes"),
+        ([1, [2]], 8, "sinks must be"),
     ],
 )
 def test_bad_input_says_what_is_wrong(sinks: Any, recent: int, words: str) -> None:
