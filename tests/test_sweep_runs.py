@@ -211,7 +211,8 @@ def alive(pid: int) -> bool:
 def test_workers_do_not_outlive_their_driver(tmp_path: Path, end: str) -> None:
     script = tmp_path / "driver.py"
     script.write_text(
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a background shell may have set to ignore
         "from sinklens.sweep.processes import Processes\n"
         "if __name__ == '__main__':\n"
         "    pool = Processes(2)\n"
