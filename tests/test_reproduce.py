@@ -21,6 +21,7 @@ from sinklens.reproductions.gu import first_token_norms, moved_positions
 from sinklens.reproductions.massive import first_massive_layer
 from sinklens.reproductions.originals import subject_of
 from sinklens.reproductions.ran_milo import bias_logits, without_query_bias
+from sinklens.reproductions.wong import _count
 from sinklens.tokens import as_tokens
 
 
@@ -252,3 +253,10 @@ def test_the_command_lists_and_refuses() -> None:
     assert "gu-sink-rates" in listed.output
     refused = CliRunner().invoke(app, ["reproduce", "--entry", "nothing"])
     assert refused.exit_code == 2
+
+
+def test_a_count_over_sinks_is_judged_only_from_sixteen_documents_on() -> None:
+    few, enough = (_count("x", 2.0, list(range(n))) for n in (15, 16))
+    assert verdict(claim(Below(6.5)), few, subject())[0] == "not comparable"
+    assert verdict(claim(Below(6.5)), enough, subject())[0] == "reproduced"
+    assert verdict(claim(Below(1.5)), enough, subject())[0] == "differs"

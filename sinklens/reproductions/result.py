@@ -149,8 +149,8 @@ def _markdown(found: Reproductions, title: str) -> str:
         "lies on the claimed side of the bound, and *differs* where it lies on the other. A printed number is compared "
         "only with the model that it was printed for: reproduced where the whole interval lies within the tolerance. "
         "Everything else is *not comparable*, with the reason. What concerns one given text has no interval and is "
-        "judged as it is. The rules are code (`sinklens/reproduce/claims.py`). The embedded decoders are 4-bit GGUF "
-        "weights, dequantised, and far smaller than the papers' models.",
+        "judged as it is. The rules are code (`sinklens/reproductions/claims.py`). The embedded decoders are 4-bit "
+        "GGUF weights, dequantised, and far smaller than the papers' models.",
         "",
         "Grades of the published figures: A official code or result files, B the paper's text, C third-party notes "
         "about the paper, D its abstract.",

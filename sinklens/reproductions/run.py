@@ -52,7 +52,7 @@ def reproduce(
     Raises:
         BadInputError: an unknown entry; a given model that does not load.
 
-    Cost: everything on the embedded models, about 10 CPU minutes.
+    Cost: everything on the embedded models, about 15 CPU minutes.
     """
     wanted = chosen(entries)
     setting = Setting(source, n_seqs, seed)

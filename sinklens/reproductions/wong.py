@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
+
 from sinklens.errors import BadInputError
-from sinklens.reproductions.claims import Above, Below, Claim, Entry, Equals, Quantity, Setting, any_decoder, exactly
+from sinklens.reproductions.claims import Above, Below, Claim, Entry, Equals, Quantity, Setting, any_decoder, measured
 from sinklens.secondary_claims import COVER, LEVELS, norm_and_mass, sink_levels, writer_alignment
 from sinklens.sinks import find_sinks
+from sinklens.statistics import MIN_DOCUMENTS
 from sinklens.tokens import Tokens
 from sinklens.trace import trace_sinks
 
@@ -28,19 +31,23 @@ def _levels(model: Any, setting: Setting) -> list[Quantity]:
     sinks = find_sinks(model, _text(model, setting))
     verdict = sink_levels(sinks)
     numbers = {row["quantity"]: row for row in verdict.numbers.to_dict("records")}
-    covered = from_row(numbers["covered"], "share of the secondary sinks in levels")
-    if covered.low == covered.high == 1.0:  # all of them in every document
-        covered = exactly(covered.name, 1.0)
+    documents = [sinks.tokens.documents[s.sequence] for s in sinks.secondary]
     n_layers = sinks.info["capabilities"]["n_layers"]
-    onsets = [s.onset / n_layers for s in sinks.secondary]
+    onsets = torch.tensor([s.onset / n_layers for s in sinks.secondary], dtype=torch.float64)
     commonest = Counter(s.onset for s in sinks.secondary).most_common(1)[0][0]
     return [
-        exactly("levels", numbers["levels"]["mean"]),
-        covered,
+        _count("levels", numbers["levels"]["mean"], documents),
+        from_row(numbers["covered"], "share of the secondary sinks in levels"),
         from_row(numbers["same level"], "chance that sinks of two documents share a level"),
-        exactly("onset of the commonest secondary sink, attention's layer", float(commonest)),
-        exactly("median relative onset", sorted(onsets)[len(onsets) // 2]),
+        _count("onset of the commonest secondary sink, attention's layer", float(commonest), documents),
+        measured("mean relative onset", onsets, documents),
     ]
+
+
+def _count(name: str, value: float, documents: list[int]) -> Quantity:
+    """A count or a mode of all sinks: itself, but only where an interval could stand (16 documents)."""
+    seen = len(set(documents))
+    return Quantity(name, value, documents=seen, exact=seen >= MIN_DOCUMENTS)
 
 
 LEVELS_ENTRY = Entry(
@@ -67,7 +74,7 @@ LEVELS_ENTRY = Entry(
             "",
             "A",
         ),
-        Claim("median relative onset", "they arise in middle layers", Above(0.25), "0.44 to 0.46", "A"),
+        Claim("mean relative onset", "they arise in middle layers", Above(0.25), "0.44 to 0.46", "A"),
     ),
     unfit=any_decoder,
     measure=_levels,
