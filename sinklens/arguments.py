@@ -48,7 +48,10 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             raise BadInputError(f"{function.__name__}: {error}; its arguments are {signature}") from None
         model = bound.arguments.get("model")
-        if model is not None and not hasattr(model, "original_model") and not hasattr(model, "forward"):
+        named = isinstance(model, (str, os.PathLike))  # where a function loads its model itself
+        if named and "str" not in str(signature.parameters["model"].annotation):
+            raise BadInputError(f"{function.__name__}: model must come from load_model, got the name {str(model)!r}")
+        if model is not None and not named and not hasattr(model, "original_model") and not hasattr(model, "forward"):
             raise BadInputError(f"{function.__name__}: model must come from load_model, got a {type(model).__name__}")
         for name, value in bound.arguments.items():
             kind = signature.parameters[name].kind
@@ -63,9 +66,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 _check(function.__name__, name, one, hints[name])
             if isinstance(value, Integral) and not isinstance(value, (bool, int)):
                 bound.arguments[name] = int(value)  # numpy's
-        if model is not None:
+        if model is not None and not named:
             _check_hooks(model, bound.arguments)
-        if generator or model is None:
+        if generator or model is None or named:
             return function(*bound.args, **bound.kwargs)
         with turn(model):
             return function(*bound.args, **bound.kwargs)

@@ -29,6 +29,7 @@ from sinklens.arguments import public
 from sinklens.attention import allowed_keys, attention_hook, by_head, output_weights
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.proof import Capabilities, capabilities
 from sinklens.refusals import refuse_unless_softmax
 from sinklens.results import load_tensors, save_tensors
@@ -39,7 +40,7 @@ KIND = "HeadActivity"
 
 
 @dataclass(frozen=True, eq=False)
-class HeadActivity:
+class HeadActivity(ShownInJupyter):
     """What :func:`head_activity` measured; positions count from each sequence's first unpadded token.
 
     Attributes:
@@ -54,6 +55,11 @@ class HeadActivity:
     contribution: Float[Tensor, "batch layer head pos"]
     tokens: Tokens
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        batch, layers, heads = self.ahon.shape
+        dormant = int(self.dormant().sum())
+        return f"HeadActivity: {batch} sequence(s), {layers} layers of {heads} heads, {dormant} dormant"
 
     def dormant(self, threshold: float = 0.5) -> Bool[Tensor, "layer head"]:
         """Heads whose AHON-LN, averaged over sequences, is below the threshold.

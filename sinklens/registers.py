@@ -30,6 +30,7 @@ from sinklens.plain import PlainModel
 from sinklens.plain_backend import stream
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
+from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -186,7 +187,7 @@ class Registers(ShownInJupyter):
 @public
 def register_tokens(
     model: PlainModel | TransformerBridge,
-    images: Images,
+    images: Images | Tokens,
     *,
     ratio: float = 3.0,
     norm: float | None = None,

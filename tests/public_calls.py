@@ -253,6 +253,7 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
     "attention_grid": lambda w: {"model": w.model, "text": w.tokens},
     "attention_map": lambda w: {"model": w.model, "text": w.tokens, "layer": 1, "head": 2},
     "attention_statistics": lambda w: {"model": w.model, "tokens": w.tokens, "sinks": [0], "entropy": True} | _quiet,
+    "attention_view": lambda w: {"model": w.model, "text": w.tokens, "layer": 1},
     "bos_variants": lambda w: {"model": w.model, "tokens": w.tokens},
     "capabilities": lambda w: {"model": w.model},
     "check_model": lambda w: {"model": w.model, "tokens": w.every_token, "functions": ["sink_scores", "token_loss"]}
@@ -268,6 +269,7 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
     | _quiet,
     "find_sinks": lambda w: {"model": w.model, "tokens": w.tokens, "method": "direction"} | _quiet,
     "flash": lambda w: {"model": w.model},
+    "head_activity": lambda w: {"model": w.model, "tokens": w.tokens} | _quiet,
     "image_map": lambda w: {"scores": w.seen, "image": 1, "layers": [0, 1]},
     "jacobian_norms": lambda w: {"model": w.model, "tokens": w.short, "pairs": [(1, 4, 2)]} | _quiet,
     "load_images": lambda w: {"model": w.vision, "sources": [plain_models.picture(), plain_models.picture(seed=1)]},
@@ -283,6 +285,7 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
     "mixing_by_length": lambda w: {
         "model": w.model, "tokens": w.short, "lengths": [4, 6], "sinks": [0], "probes": 2
     } | _quiet,
+    "mixing_conditions": lambda w: {"model": w.model, "sinks": w.sinks, "control": False},
     "named_tokens": lambda w: {"model": w.model, "names": ("<bos>", "a")},
     "norm_and_mass": lambda w: {"trace": w.made},
     "patch_bos": lambda w: {"model": w.model, "tokens": w.tokens, "source": "mean", "reference": w.reference},
@@ -294,6 +297,7 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
     "primary_weakening": lambda w: {"trace": trace_of([], primaries=tuple(weakened(0.2, 0.1, 0.5)))},
     "reading_heads": lambda w: {"scores": w.scores, "sinks": w.sinks, "permutations": 19},
     "register_tokens": lambda w: {"model": w.vision, "images": w.images} | _quiet,
+    "reproduce": lambda w: {"entries": "gu-norms", "model": w.model, "n_seqs": 2} | _quiet,
     "restrict_attention": lambda w: {"model": w.model, "sinks": 2, "recent": 10},
     "run_experiment": lambda w: {
         "model": w.model, "tokens": w.tokens, "interventions": {"gone": w.hooks}, "controls": ("random",),
@@ -317,6 +321,7 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
         "swaps": w.result("perturbation_spread"), "collapse": w.result("measure_collapse"),
         "bound": w.result("path_sums"),
     },
+    "write_report": lambda w: {"model": w.model, "tokens": w.tokens, "path": w.new(), "quick": True} | _quiet,
     "write_scan": lambda w: {"scores": w.scores, "out": w.new()},
     "write_sinks": lambda w: {"sinks": w.sinks, "anatomy": w.result("sink_anatomy"), "out": w.new()},
     "write_trace": lambda w: {

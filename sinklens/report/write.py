@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.models import load_model
+from sinklens.plain import PlainModel
 from sinklens.proof import record
 from sinklens.report.attention_pages import write_attention
 from sinklens.report.export import export
@@ -30,8 +32,9 @@ from sinklens.results import write_text
 from sinklens.tokens import Tokens, as_tokens, reads_images
 
 
+@public
 def write_report(
-    model: Any,
+    model: TransformerBridge | PlainModel | str | os.PathLike[str],
     tokens: str | Sequence[str] | Tensor | Tokens | None,
     path: str | os.PathLike[str],
     *,

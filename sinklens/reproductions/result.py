@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sinklens.errors import BadInputError
+from sinklens.jupyter import ShownInJupyter
 from sinklens.reproductions.claims import DIFFERS, NOT_COMPARABLE, REPRODUCED, Entry
 from sinklens.results import FORMAT, write_text
 
@@ -21,7 +22,7 @@ KIND = "Reproductions"
 
 
 @dataclass(frozen=True, eq=False)
-class Reproductions:
+class Reproductions(ShownInJupyter):
     """What :func:`sinklens.reproduce` found.
 
     Attributes:

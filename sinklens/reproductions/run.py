@@ -12,6 +12,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensError, SinklensWarning
 from sinklens.models import load_model
@@ -22,6 +23,7 @@ from sinklens.reproductions.originals import ORIGINALS, Subject, at_hand, subjec
 from sinklens.reproductions.result import Reproductions
 
 
+@public
 def reproduce(
     entries: Sequence[str] | str | None = None,
     *,

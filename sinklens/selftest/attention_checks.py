@@ -197,11 +197,12 @@ def check_methods(subject: Subject, parts: Parts) -> None:
 
     def wong() -> float:
         table = compare_methods(subject.model, subject.tokens, methods=("attention", "wong"), progress=False)
-        names = ["ln_final.hook_out"] if hasattr(subject.model, "ln_final") else []
+        names = ["ln_final.hook_in", "ln_final.hook_out"] if hasattr(subject.model, "ln_final") else []
         ends: list[Tensor] = []
         hooks = [(name, lambda x, hook: ends.append(x.detach().double().cpu())) for name in names]
         run = subject.written(hooks=hooks)
-        states = torch.cat([run.states[:-1], (ends or [run.states[-1]])[0][None]])
+        closes = bool(ends) and torch.allclose(ends[0], run.states[-1].to(ends[0]), atol=1e-5)  # BERT's is in its head
+        states = torch.cat([run.states[:-1], (ends[1] if closes else run.states[-1])[None]])
         count = sum(
             t.label != "noise" and bool(t.layers) for b in range(len(subject.tokens)) for t in wong_detect(states[:, b])
         )
