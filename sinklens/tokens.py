@@ -367,7 +367,9 @@ def _check_shapes(batch: Tokens) -> None:
     if (batch.mask.int().diff(dim=1) == 1).sum(1).add(batch.mask[:, 0].int()).max() > 1:
         raise BadInputError("a mask has holes; each sequence must be one unbroken run of tokens")
     listed = (len(batch.labels), len(batch.sources), len(batch.documents))
-    if set(listed) != {len(batch)} or [len(row) for row in batch.labels] != batch.lengths.tolist():
+    if set(listed) != {len(batch)} or any(
+        len(row) < n for row, n in zip(batch.labels, batch.lengths.tolist(), strict=True)
+    ):
         raise BadInputError("labels, sources and documents of Tokens must have an entry for each sequence (and token)")
 
 

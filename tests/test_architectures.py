@@ -100,7 +100,7 @@ def test_no_public_function_that_runs_a_model_is_left_out() -> None:
         value = getattr(sl, name)
         if inspect.isfunction(value) and "model" in inspect.signature(value).parameters:
             taking.add(name)
-    # Drawn from what is checked, or checked against loops in tests of their own (test_peers, test_report, test_reproduce)
+    # Drawn from what is checked, or checked against loops elsewhere: test_peers, test_report, test_reproduce
     composed = {"attention_view", "head_activity", "mixing_conditions", "reproduce", "write_report"}
     assert taking - {"check_model"} - composed == set(CHECKS) - {"load_model"}
     assert set(self_test.WITHOUT_BRIDGE) | set(self_test.IMAGES) <= set(CHECKS)
