@@ -153,7 +153,9 @@ def test_dormant_heads_are_those_of_ahon_ln(name: str) -> None:
     for layer, (pattern, v) in enumerate(zip(patterns, values, strict=True)):
         outputs = []
         for h in range(pattern.shape[0]):
-            norms = [float(sum(pattern[h, t, k] * v[h, k] for k in range(20)).norm()) for t in range(20)]  # type: ignore[union-attr]
+            norms = [
+                float(sum((pattern[h, t, k] * v[h, k] for k in range(20)), torch.zeros(())).norm()) for t in range(20)
+            ]
             outputs.append(sum(norms) / 20)
             weight = sum(float(pattern[h, t, 0]) for t in range(20)) / 20
             assert float(activity.first_token[0, layer, h]) == pytest.approx(weight, abs=1e-6)
@@ -255,6 +257,6 @@ def test_a_real_model_agrees_with_every_published_measure(smollm2: Any, text_a: 
         z = patterns[layer] @ values[layer]
         assert torch.allclose(activity.ahon[0, layer].double(), z.norm(dim=-1).mean(-1), rtol=1e-4)
     table = sl.sink_anatomy(smollm2, sl.find_sinks(smollm2, one), progress=False).layers
-    for record in table[table.layer > 0].to_dict("records"):
+    for record in [r for r in table.to_dict("records") if r["layer"] > 0]:
         strict, dims = sun_massive(hidden[record["layer"]][record["position"]])
         assert (record["strict"], record["massive_dims"].split()) == (strict, [str(d) for d in dims])
