@@ -127,7 +127,7 @@ def test_every_edit_of_a_sink_map_is_the_same_before_and_after_a_swap(mode: str,
     row = rows[1]
     changes, _ = swap_changes(model, row[None], edit, [(1, 5, int(row[5]), other_id(row, 5))])
     plain, _ = swap_changes(model, row[None], [], [(1, 5, int(row[5]), other_id(row, 5))])
-    assert (changes[0, :, :5] == 0).all()
+    assert (changes[0, :, :5].abs() < 1e-5).all()  # kernels of some processors round by what stands beside
     assert not torch.allclose(changes[0, :, 6:], plain[0, :, 6:], rtol=1e-2)
 
 
