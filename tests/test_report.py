@@ -68,7 +68,7 @@ def test_the_folder_is_complete(written: tuple[Path, Any, sl.Tokens]) -> None:
     assert {"sinklens", "torch", "transformer-lens"} <= set(facts["versions"])
     assert not [name for name in there if Path(name).name.startswith(".")], "no half file is left"
     bibliography = (folder / "references.bib").read_text()
-    for key in ("gu2025", "xiao2024", "wong2025", "barbero2025", "efron1987"):
+    for key in ("gu2025", "xiao2024", "wong2025", "barbero2025", "hall1988"):
         assert f"{{{key}," in bibliography
 
 
