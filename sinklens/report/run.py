@@ -37,6 +37,7 @@ def run_stages(m: Material, shelf: Shelf, say: Callable[[str], None]) -> dict[st
         start = f"[{number}/{len(STAGES)}] {stage.doing}"
         entry = _finished(m, shelf, stage)
         if entry is not None:
+            shelf.tidy(stage.name)
             say(f"{start}: already done" if not entry.refused else f"{start}: left out")
         else:
             say(f"{start}{_estimate(m, stage, entries)}")

@@ -68,11 +68,15 @@ class Shelf:
 
     def put(self, name: str, entry: Entry) -> None:
         """Say that a stage is finished; its result was written before."""
-        write_text(self.folder / f"{name}.json", json.dumps(asdict(entry), indent=1))
-        for left in self.folder.glob(f"{name}-parts-*"):
-            shutil.rmtree(left, ignore_errors=True)
         if entry.refused:
             self.file(name).unlink(missing_ok=True)
+        write_text(self.folder / f"{name}.json", json.dumps(asdict(entry), indent=1))
+        self.tidy(name)
+
+    def tidy(self, name: str) -> None:
+        """Remove the parts of a finished stage; a run that was killed may have left them."""
+        for left in self.folder.glob(f"{name}-parts-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
