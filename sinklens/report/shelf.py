@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sinklens.errors import BadInputError
-from sinklens.results import write_text
+from sinklens.results import make_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class Shelf:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Only one report at a time in a folder; the lock goes with its process."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "lock")
+        lock = FileLock(make_folder(self.folder) / "lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
