@@ -3,7 +3,7 @@
     python benchmarks/torture.py [--kills 50] [--cases 10000] [--moments 20] [--real]
 
 The tests are those of CI (``tests/test_kills.py``, ``test_fuzz.py``, ``test_fuzz_files.py``, ``test_cleanup.py``) with
-other sizes, set by ``SINKLENS_KILLS`` (per stage, five stages), ``SINKLENS_FUZZ`` and ``SINKLENS_STRIKES``. ``--real``
+other sizes, set by ``SINKLENS_KILLS`` (per stage, six stages), ``SINKLENS_FUZZ`` and ``SINKLENS_STRIKES``. ``--real``
 also kills the fetch and the conversion of SmolLM2 (93 MB) as often as one stage.
 """
 
@@ -21,13 +21,13 @@ from collections import Counter
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1] / "tests"
-STAGES = 5
+STAGES = 6
 
 
 def run(options: argparse.Namespace, counts: Path) -> int:
     """The tests at these sizes; pytest's exit status."""
     sizes = {
-        "SINKLENS_KILLS": max(1, options.kills // STAGES),
+        "SINKLENS_KILLS": max(1, -(-options.kills // STAGES)),
         "SINKLENS_FUZZ": options.cases,
         "SINKLENS_STRIKES": options.moments,
     }

@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 import platformdirs
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from sinklens.console import stderr
 from sinklens.errors import BadInputError, SinklensError
@@ -272,6 +273,10 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
             (partial / "sinklens.json").write_text(json.dumps(manifest, indent=1))
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise SinklensError(
+                f"cannot write to the cache {str(folder)!r} ({error}); make room, or set SINKLENS_CACHE elsewhere"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -319,7 +319,9 @@ def _read(source: Any, number: int) -> tuple[Any, str]:
         raise BadInputError(f"{name} is too large to unpack safely ({error}); make it smaller first") from error
     except FileNotFoundError as error:
         raise BadInputError(f"no picture at {str(source)!r}") from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow's readers raise all of them on damaged files
+    except BadInputError:
+        raise
+    except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow's readers raise all of them on damaged files
         raise BadInputError(f"{str(source)!r} is no picture that Pillow can read, or half of one ({error})") from error
 
 

@@ -102,6 +102,7 @@ def load_model(
         raise BadInputError("tokenizer= goes with a transformers model object; a named model brings its own")
     else:
         chosen, dispatch = _dtype(dtype), _dispatch(device, device_map, max_memory, offload_folder)
+        _check_device(device)
         folder = _locate(os.fspath(name))
         model = _load_named(os.fspath(name), folder, device=device, dtype=chosen, dispatch=dispatch)
     module = model.original_model if isinstance(model, PlainModel) else model
@@ -188,6 +189,16 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise BadInputError(f"dtype must be one of {names} (a torch dtype or its name), got {dtype!r}")
     return found
+
+
+def _check_device(device: Any) -> None:
+    """Refuse what is no device, a device that is not there, and the one that holds no numbers."""
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise BadInputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise BadInputError("device 'meta' holds no weights; give one that computes, such as 'cpu'")
 
 
 def _dispatch(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -> dict[str, Any]:
@@ -301,9 +312,16 @@ def _check_loaded(name: str, report: dict[str, Any], head_may_miss: bool) -> Non
 
 def _wrap_object(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge | PlainModel:
     name = hf.config.name_or_path or type(hf).__name__
+    if _holds_components(hf):  # a second bridge would take the first one's apart
+        raise BadInputError(f"{name} lies in a bridge already, which changed it in place; pass that bridge")
     if not hf.config.architectures:
         hf.config.architectures = [type(hf).__name__]
     return _wrap(hf, tokenizer, name, {})
+
+
+def _holds_components(hf: PreTrainedModel) -> bool:
+    """Whether the host put components of a bridge into the model."""
+    return any(isinstance(module, GeneralizedComponent) for module in hf.modules())
 
 
 def _native(module: NativeModel) -> TransformerBridge:
@@ -332,7 +350,7 @@ def _wrap(
         except UnsupportedModelError as error:
             first, reason = error, f"TransformerLens has no adapter for {type(hf).__name__}"
         hf.set_attn_implementation(before)
-        if any(isinstance(module, GeneralizedComponent) for module in hf.modules()):
+        if _holds_components(hf):
             raise first  # the host gave up half-way and left its components inside
     if offloaded(hf):
         raise UnsupportedModelError(f"{reason}; without a bridge a model must be in memory: load it without device_map")

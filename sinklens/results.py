@@ -25,7 +25,11 @@ _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]  # other machin
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes when it does not."""
+    """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes when it does not.
+
+    Raises:
+        BadInputError: nothing can be written there, or the disk is full.
+    """
     target = Path(path)
     try:
         if target.is_dir():
@@ -45,8 +49,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         partial.chmod(0o666 & ~umask)  # mkstemp makes private files; a result is an ordinary one
         partial.replace(target)
+    except (OSError, SafetensorError) as error:  # safetensors' writer has its own error for a full disk
+        raise BadInputError(f"cannot write {os.fspath(path)!r}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        BadInputError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"cannot write {os.fspath(path)!r}: {error}") from error
+    return Path(path)
 
 
 def _remove_orphans(target: Path) -> None:

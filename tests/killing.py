@@ -1,18 +1,23 @@
 """A process that is killed at a random point of its work, again and again, and one that is not: what both leave.
 
 The victim is a fork of the test's process. At a chosen call of any Python function it sends itself SIGKILL, so a kill
-can fall into torch's, safetensors' or the standard library's code as well as into the package's.
+can fall into torch's, safetensors' or the standard library's code as well as into the package's. Files are written in a
+few of a million calls, so other kills are aimed: a few calls, those of C functions among them, after a file was opened,
+moved or removed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import random
 import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,10 +27,51 @@ from gguf import GGUFWriter
 from public_calls import byte_tokenizer, tiny_llama
 
 SECONDS = 300
+NEAR = 12  # calls after a use of a file
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "tempfile.mkstemp")
 
 
-def fork(work: Callable[[], Any], at: int | None = None) -> int:
-    """Do the work in a child that is killed at its ``at``-th call; its exit status, negative for a signal."""
+@dataclass(frozen=True)
+class Moment:
+    """The moment of a kill: this many calls after the start, or after this many uses of files."""
+
+    calls: int
+    files: int | None = None
+
+    def strike(self) -> None:
+        """Kill this process then."""
+        left = [self.calls]
+
+        def trace(frame: FrameType, event: str, argument: Any) -> None:
+            if event in ("call", "c_call"):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        if self.files is None:
+            sys.settrace(trace)
+        else:
+            sys.addaudithook(_Files(self.files, lambda: sys.setprofile(trace)))
+
+
+class _Files:
+    """Counts the uses of files that change something, and does something at one of them; keeps what was moved where."""
+
+    def __init__(self, at: int = -1, then: Callable[[], None] = lambda: None) -> None:
+        self.count, self.at, self.then = 0, at, then
+        self.moved: set[str] = set()
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in CHANGES or (event == "open" and set(str(arguments[1])) & set("wax+")):
+            self.count += 1
+            if event == "os.rename":
+                self.moved.add(os.fsdecode(arguments[1]))
+            if self.count - 1 == self.at:
+                self.then()
+
+
+def fork(work: Callable[[], Any], moment: Moment | None = None) -> int:
+    """Do the work in a child that is killed at that moment; its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -33,8 +79,8 @@ def fork(work: Callable[[], Any], at: int | None = None) -> int:
             sink = os.open(os.devnull, os.O_WRONLY)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
-            if at is not None:
-                sys.settrace(_killer(at))
+            if moment is not None:
+                moment.strike()
             work()
             status = 0
         finally:
@@ -50,33 +96,42 @@ def fork(work: Callable[[], Any], at: int | None = None) -> int:
     raise AssertionError(f"the work hung for {SECONDS} s")
 
 
-def _killer(at: int) -> Callable[[FrameType, str, Any], None]:
-    left = [at]
+@dataclass(frozen=True)
+class Course:
+    """What undisturbed work did: how many calls and uses of files, and the paths to which files were moved."""
 
-    def trace(frame: FrameType, event: str, argument: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    calls: int
+    files: int
+    moved: list[str]
 
-    return trace
+    def moments(self, chance: random.Random) -> Iterator[Moment]:
+        """Moments to be killed at, every second one beside a use of a file."""
+        while True:
+            yield Moment(chance.randrange(self.calls))
+            yield Moment(chance.randrange(NEAR), chance.randrange(self.files))
+
+    def moved_there(self, path: Path) -> bool:
+        """Whether the file, or a folder that holds it, got its name when it was finished."""
+        return any(str(one) in self.moved for one in (path, *path.parents))
 
 
-def calls_of(work: Callable[[], Any], note: Path) -> int:
-    """How many calls the undisturbed work makes."""
+def course_of(work: Callable[[], Any], note: Path) -> Course:
+    """Do the work undisturbed and see what it does."""
 
-    def counted() -> None:
-        count = [0]
+    def seen() -> None:
+        calls, files = [0], _Files()
 
         def trace(frame: FrameType, event: str, argument: Any) -> None:
-            count[0] += 1
+            calls[0] += 1
 
+        sys.addaudithook(files)
         sys.settrace(trace)
         work()
         sys.settrace(None)
-        note.write_text(str(count[0]))
+        note.write_text(json.dumps([calls[0], files.count, sorted(files.moved)]))
 
-    assert fork(counted) == 0
-    return int(note.read_text())
+    assert fork(seen) == 0
+    return Course(*json.loads(note.read_text()))
 
 
 def files_of(folder: Path, volatile: tuple[str, ...] = ()) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """One call of every public function on tiny models: what the tests of clean-up, of bad input and of pages share.
 
 ``CALLS[name]`` gives the arguments of a call that works; :func:`call` makes it and uses what came back (hooks are run,
-contexts entered). A new public function without an entry fails ``tests/test_public_calls.py``.
+contexts entered). A new public function without an entry fails ``tests/test_cleanup.py``.
 """
 
 from __future__ import annotations

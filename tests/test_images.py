@@ -118,6 +118,7 @@ def broken(kind: str, folder: Path) -> Any:
         "channels first": np.zeros((3, 32, 32), dtype=np.uint8),
         "no pixels": np.zeros((0, 32, 3), dtype=np.uint8),
         "a number": 3,
+        "no path": "\x00",
         "unknown grey": Image.fromarray(np.zeros((4, 4), dtype=np.float32)),
     }.get(kind, path)
 
@@ -134,6 +135,7 @@ def broken(kind: str, folder: Path) -> Any:
         ("channels first", r"\[height, width\]"),
         ("no pixels", r"\[height, width\]"),
         ("a number", "a path, a PIL image or a numpy array"),
+        ("no path", "null byte"),
         ("unknown grey", "floating-point grey"),
     ],
 )

@@ -1,6 +1,6 @@
 """Killed (SIGKILL) at random points and started again: nothing is lost but the unit in flight, nothing is half there.
 
-Ten kills here (one or two per stage), fifty and more by ``make torture``.
+Two kills here of each stage, fifty and more in all by ``make torture``.
 """
 
 from __future__ import annotations
@@ -9,24 +9,31 @@ import dataclasses
 import hashlib
 import os
 import random
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from counting import count
-from killing import calls_of, files_of, fork, local_wheel, whole_gguf
+from killing import course_of, files_of, fork, local_wheel, whole_gguf
+from planted import X, Y, planted_model
 from public_calls import STUDY, Here, World
+from reporting import SMALL, texts
 from typer.testing import CliRunner
 
 import sinklens as sl
 from sinklens import embedded, lab, sweep
 from sinklens.cli import app
+from sinklens.report import export as exporting
+from sinklens.report import run as running
+from sinklens.report import write as writing
 
-KILLS = int(os.environ.get("SINKLENS_KILLS", "2"))  # per stage; five stages
+KILLS = int(os.environ.get("SINKLENS_KILLS", "2"))  # per stage; six stages
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -70,17 +77,22 @@ def torment(
     volatile: tuple[str, ...] = (),
     kills: int = KILLS,
     name: str,
-    same: Callable[[Path, Path], bool] | None = None,
+    content: Callable[[Path], Any] | None = None,
+    steady: bool = False,
 ) -> None:
     """Kill the work in one folder so many times, let it end, and compare with another that was left in peace.
 
-    ``units`` are patterns of files that, once there, no later run may write again.
+    ``units`` are patterns of files that, once there, no later run may write again; ``content`` is what a folder is
+    compared by, ``steady`` says that every file of it is written in its last form or not at all.
     """
     peace, war = folder / "peace", folder / "war"
-    calls = calls_of(lambda: work(peace), folder / "calls")
-    chance, killed, kept = random.Random(f"{name} {kills}"), 0, {}
+    content = content or partial(files_of, volatile=volatile)
+    course = course_of(lambda: work(peace), folder / "course")
+    moments, killed, kept, whole = course.moments(random.Random(f"{name} {kills}")), 0, {}, content(peace)
+    grown = [p for p in peace.rglob("*") if p.is_file() and "lock" not in p.name and not course.moved_there(p)]
+    assert grown == [], "written under its own name, where a kill leaves half of it"
     while killed < kills:
-        status = fork(partial(work, war), chance.randrange(calls))
+        status = fork(partial(work, war), next(moments))
         if status == 0:  # what was left to do took fewer calls: begin anew
             war = folder / f"war-{killed}"
             kept = {}
@@ -90,8 +102,10 @@ def torment(
         there = {str(p): p.stat().st_mtime_ns for pattern in units for p in war.rglob(pattern)}
         assert {path: there.get(path) for path in kept} == kept, "what was finished was lost or made again"
         kept = there
+        half = [file for file, now in content(war).items() if file in whole and now != whole[file]] if steady else []
+        assert half == [], "half a file"
     assert fork(partial(work, war)) == 0
-    assert same(war, peace) if same else files_of(war, volatile) == files_of(peace, volatile)
+    assert content(war) == whole
     assert [p for p in war.rglob(".*") if not p.name.endswith(".lock")] == [], "something half was left"
     count("kills survived", killed)
 
@@ -101,7 +115,7 @@ def test_fetch_and_conversion_survive_kills(catalogue: None, tmp_path: Path, mon
         monkeypatch.setenv("SINKLENS_CACHE", str(folder))
         embedded.fetch("tiny")
 
-    torment(work, tmp_path, volatile=("sinklens.json",), name="fetch")  # its times of change differ
+    torment(work, tmp_path, volatile=("sinklens.json",), name="fetch", steady=True)  # its times of change differ
     monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path / "peace"))
     assert set(files_of(tmp_path / "peace")) > {"models/tiny/model.safetensors", "models/tiny/sinklens.json"}
     assert sl.load_model("tiny").cfg.n_layers == 2
@@ -143,7 +157,7 @@ def test_a_scan_survives_kills(world: World, tmp_path: Path) -> None:
         found = CliRunner().invoke(app, [*command, "--out", str(folder)])
         assert found.exit_code == 0, found.output
 
-    torment(work, tmp_path, volatile=("manifest.json", "scan.html"), name="scan")
+    torment(work, tmp_path, volatile=("manifest.json", "scan.html"), name="scan", steady=True)
     assert (tmp_path / "peace" / "scores.parquet").is_file()
 
 
@@ -157,7 +171,7 @@ def test_an_experiment_survives_kills(world: World, tmp_path: Path) -> None:
 
     assert world.sinks is not None
     assert world.hooks  # both made before the fork
-    torment(work, tmp_path, units=("sequence-*.safetensors",), name="experiment")
+    torment(work, tmp_path, units=("sequence-*.safetensors",), name="experiment", steady=True)
     results = {p.read_bytes() for p in tmp_path.glob("*.result")}
     assert len(results) == 1
 
@@ -175,9 +189,34 @@ def test_a_sweep_survives_kills(world: World, tmp_path: Path) -> None:
     def work(folder: Path) -> None:
         sweep.run_sweep(jobs, folder, executor=Here(), workers=1, progress=False)
 
-    torment(work, tmp_path, units=("results/*.parquet",), name="sweep", same=same_table)
+    torment(work, tmp_path, units=("results/*.parquet",), name="sweep", content=table)
 
 
-def same_table(war: Path, peace: Path) -> bool:
+def table(folder: Path) -> str:
     """The rows to the bit; the files themselves hold when they were made."""
-    return sweep.collect(war).table.equals(sweep.collect(peace).table)
+    return sweep.collect(folder).table.to_pandas().to_csv()
+
+
+def test_a_report_survives_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = planted_model(3, {X: 6.0, Y: 4.5}, {X: range(1, 3), Y: range(1, 2)}, writes=0.02)
+    tokens = texts(model, 2)
+    sl.capabilities(model)  # proven before the fork
+    stopped = SimpleNamespace(perf_counter=lambda: 0.0, process_time=lambda: 0.0, monotonic=lambda: 0.0)
+    for module in (running, writing):
+        monkeypatch.setattr(module, "time", stopped)  # no file but the manifest and the page holds a time then
+    monkeypatch.setattr(exporting, "can_draw", lambda: False)  # a browser would outlive the process that is killed
+    monkeypatch.setattr(writing, "QUICK", SMALL)
+
+    def work(folder: Path) -> None:
+        sl.write_report(model, tokens, folder, quick=True, progress=False)
+
+    stages = tuple(f"stages/{name}.json" for name in ("scores", "sinks", "experiment", "decomposition", "mixing"))
+    torment(work, tmp_path, units=stages, name="report", content=without_times, steady=True)
+    assert {f"stages/{p.name}" for p in (tmp_path / "peace" / "stages").glob("*.json")} > set(stages)
+
+
+def without_times(folder: Path) -> dict[str, bytes]:
+    """Every file of a report, but for the time of writing and the random ids of circuitsvis."""
+    own = re.compile(rb"circuits-vis-[0-9a-f-]+|\d{4}-\d\d-\d\dT[\d:+]{14}")
+    names = [name for name in files_of(folder) if not Path(name).name.startswith(".")]
+    return {name: own.sub(b"", (folder / name).read_bytes()) for name in names}

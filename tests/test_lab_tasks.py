@@ -216,3 +216,6 @@ def test_token_files_are_checked(tmp_path: Path, token_file: str) -> None:
         drawn(Text(str(tmp_path / "objects.npy"), n_ids=5))
     with pytest.raises(sl.BadInputError, match="no document"):
         write_tokens([], tmp_path / "empty.npy")
+    with pytest.raises(sl.BadInputError, match="surrogates not allowed"):
+        write_tokens(["\ud800"], tmp_path / "half a pair.npy")
+    assert not list(tmp_path.glob("half*"))

@@ -149,6 +149,21 @@ def test_options_that_would_be_ignored_are_refused(folder: Path) -> None:
         sl.load_model(folder, tokenizer=word_tokenizer(adds_bos=False))
 
 
+def test_a_model_that_lies_in_a_bridge_is_not_wrapped_again() -> None:
+    model, ids = sl.load_model(build("llama")), torch.tensor([[5, 6, 7, 8]])
+    before = model(ids)
+    with pytest.raises(sl.BadInputError, match="pass that bridge"):
+        sl.load_model(model.original_model)
+    assert torch.equal(model(ids), before)
+    sl.sink_scores(model, ids)
+
+
+@pytest.mark.parametrize("device", ["x", "", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(folder: Path, device: str) -> None:
+    with pytest.raises(sl.BadInputError, match="^device '"):
+        sl.load_model(folder, device=device)
+
+
 @pytest.mark.parametrize("damage", ["noise", "header only", "cut"])
 def test_a_damaged_gguf_is_refused_and_leaves_nothing(damage: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path / "cache"))

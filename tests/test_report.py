@@ -103,12 +103,15 @@ def test_numbers_on_the_page_are_those_of_the_tables_and_of_the_saved_results(
 def test_a_second_run_computes_nothing(written: tuple[Path, Any, sl.Tokens], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, model, tokens = written
     before = (folder / "report.md").read_text()
+    left = folder / "stages" / "experiment-parts-that-a-killed-run-left"
+    left.mkdir()
     for name in ("sink_scores", "run_experiment", "decompose_sinks", "trace_sinks", "compare_mixing"):
         monkeypatch.setattr(sl, name, lambda *_, **__: pytest.fail("computed again"))
     with counted_forwards(model) as forwards:
         sl.write_report(model, tokens, folder, quick=True)
     assert forwards == []
     assert (folder / "report.md").read_text() == before
+    assert not left.exists()
 
 
 def test_another_seed_or_other_weights_are_another_report(tmp_path: Path) -> None:

@@ -135,6 +135,12 @@ def test_a_folder_that_cannot_be_written_is_named(wheel: Path, tmp_path: Path, m
     assert blocked.read_text() == "a file"
 
 
+@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/x"])
+def test_a_study_cannot_be_written_where_no_folder_can_be(folder: str) -> None:
+    with pytest.raises(sl.BadInputError, match="cannot write"):
+        lab.run_study({"name": "tiny", "seeds": [0]}, folder)
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "..", ""])
 def test_names_that_become_folders_stay_in_theirs(tmp_path: Path, name: str) -> None:
     with pytest.raises(sl.BadInputError, match="cannot be one"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -150,15 +151,17 @@ def write_tokens(documents: Iterable[str], path: str | os.PathLike[str], tokeniz
     """
     encode, _, _ = tokenizer_named(tokenizer)
     stream = stream_of(encode(text) for text in documents)
-    with atomic_path(path) as partial, partial.open("wb") as file:
-        np.save(file, stream, allow_pickle=False)
+    content = io.BytesIO()
+    np.save(content, stream, allow_pickle=False)  # into a file it would not notice a full disk
+    with atomic_path(path) as partial:
+        partial.write_bytes(content.getbuffer())
     return Path(path)
 
 
 def tokenizer_named(name: str) -> tuple[Any, int | None, int]:
     """A function from text to ids, the id of BOS (None without), and the size of the vocabulary."""
     if name == "bytes":
-        return (lambda text: [byte + 1 for byte in text.encode()]), 0, BYTES
+        return _bytes, 0, BYTES
     folder = fetch(name) if name in CATALOGUE else Path(name)
     if not folder.is_dir():
         raise BadInputError(f"tokenizer must be 'bytes', an embedded model's name or a folder; got {name!r}")
@@ -167,3 +170,10 @@ def tokenizer_named(name: str) -> tuple[Any, int | None, int]:
     except (OSError, ValueError) as error:
         raise BadInputError(f"no tokenizer in {name!r}: {error}") from error
     return (lambda text: tokenizer(text, add_special_tokens=False).input_ids), tokenizer.bos_token_id, len(tokenizer)
+
+
+def _bytes(text: str) -> list[int]:
+    try:
+        return [byte + 1 for byte in text.encode()]
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"a text cannot be encoded: {error}") from error

@@ -19,7 +19,7 @@ from sinklens.lab.measure import evaluate, mean_loss, token_losses
 from sinklens.lab.model import LabModel
 from sinklens.lab.study import LabConfig
 from sinklens.lab.tasks import Batch
-from sinklens.results import load_tensors, save_tensors, write_text
+from sinklens.results import load_tensors, make_folder, save_tensors, write_text
 
 EVALUATION_SEED = 999
 CHECKPOINT = "checkpoint.safetensors"
@@ -131,7 +131,7 @@ def train(config: LabConfig, seed: int = 0, folder: Path | None = None, *, progr
     """
     run = Training(config, seed)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         run.resume(folder)
     options, fixed = config.train, evaluation_batch(config)
     threads = torch.get_num_threads()

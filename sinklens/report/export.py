@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from sinklens.errors import BadInputError
 from sinklens.report.content import Plot
 from sinklens.results import atomic_path, write_text
 
@@ -45,6 +46,8 @@ def export(plots: list[Plot], folder: Path, memory: Path) -> tuple[list[str], st
                     _draw(plot, folder / f"{plot.name}.{ending}")
                 known[plot.name] = hashes[plot.name]
                 write_text(memory, json.dumps(known))
+    except BadInputError:  # the folder cannot be written, which is no matter of kaleido's
+        raise
     except (RuntimeError, OSError, ValueError) as error:
         return [], f"{HOW} What kaleido said: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
     for name in set(known) - set(hashes):  # drawn for another report in this folder

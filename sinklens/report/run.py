@@ -37,6 +37,7 @@ def run_stages(m: Material, shelf: Shelf, say: Callable[[str], None]) -> dict[st
         start = f"[{number}/{len(STAGES)}] {stage.doing}"
         entry = _finished(m, shelf, stage)
         if entry is not None:
+            shelf.tidy(stage.name)
             say(f"{start}: already done" if not entry.refused else f"{start}: left out")
         else:
             say(f"{start}{_estimate(m, stage, entries)}")
@@ -77,13 +78,13 @@ def _do(m: Material, shelf: Shelf, stage: Stage) -> Entry:
                 capabilities(m.model)  # refuses a model without a bridge, with its reason
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SinklensWarning)  # results carry it as a note
-                result, facts = stage.run(m)
-            result.save(shelf.file(stage.name))
-            m.results[stage.name] = result
+                m.results[stage.name], facts = stage.run(m)
         except (BadInputError, UnsupportedModelError) as error:
             if stage.name in NEEDED:
                 raise
             refused = str(error)
+    if not refused:
+        m.results[stage.name].save(shelf.file(stage.name))
     spent = round(time.perf_counter() - began, 2), round(time.process_time() - cpu, 2)
     entry = Entry(shelf.key, *spent, refused=refused, facts=facts)
     shelf.put(stage.name, entry)

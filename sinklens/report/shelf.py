@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sinklens.errors import BadInputError
-from sinklens.results import write_text
+from sinklens.results import make_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,20 @@ class Shelf:
 
     def put(self, name: str, entry: Entry) -> None:
         """Say that a stage is finished; its result was written before."""
-        write_text(self.folder / f"{name}.json", json.dumps(asdict(entry), indent=1))
-        for left in self.folder.glob(f"{name}-parts-*"):
-            shutil.rmtree(left, ignore_errors=True)
         if entry.refused:
             self.file(name).unlink(missing_ok=True)
+        write_text(self.folder / f"{name}.json", json.dumps(asdict(entry), indent=1))
+        self.tidy(name)
+
+    def tidy(self, name: str) -> None:
+        """Remove the parts of a finished stage; a run that was killed may have left them."""
+        for left in self.folder.glob(f"{name}-parts-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Only one report at a time in a folder; the lock goes with its process."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "lock")
+        lock = FileLock(make_folder(self.folder) / "lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
