@@ -163,16 +163,17 @@ def test_an_experiment_goes_on_with_the_sequence_at_which_it_was_stopped(
 
     model = planted()
     tokens = texts(model, 3)
-    measure, seen = running._measure, []
+    measure, seen = running.measure, []
 
-    def stops(model: Any, plan: Any, b: int, *rest: Any) -> Any:
-        if b == 2 and 2 not in seen:
-            seen.append(b)
+    def stops(model: Any, plan: Any, group: list[int], *rest: Any) -> Any:
+        if group == [2] and 2 not in seen:
+            seen.extend(group)
             raise KeyboardInterrupt
-        seen.append(b)
-        return measure(model, plan, b, *rest)
+        seen.extend(group)
+        return measure(model, plan, group, *rest)
 
-    monkeypatch.setattr(running, "_measure", stops)
+    monkeypatch.setattr("sinklens.measuring.MOST_TOKENS", 0)  # each sequence a forward of its own
+    monkeypatch.setattr(running, "measure", stops)
     with pytest.raises(KeyboardInterrupt):
         sl.write_report(model, tokens, tmp_path, quick=True)
     sl.write_report(model, tokens, tmp_path, quick=True)
