@@ -113,7 +113,7 @@ def _logits(
     run: Planned,
     watches: Watches,
     way: str,
-) -> list[Float[Tensor, "scored vocabulary"]]:
+) -> list[Float[Tensor, "_ vocabulary"]]:
     """The logits at the scored positions of each sequence, watched."""
     first, last = watches.hooks()
     with flash(model) if way == "flash" else hooked(model) as state:

@@ -166,9 +166,9 @@ def scored_logits(
 def row_logits(
     model: TransformerBridge,
     ids: Int[Tensor, "batch pos"],
-    scored: Sequence[Int[Tensor, " scored"]],
+    scored: Sequence[Int[Tensor, " _"]],
     hooks: Sequence[Any],
-) -> list[Float[Tensor, "scored vocabulary"]]:
+) -> list[Float[Tensor, "_ vocabulary"]]:
     """A decoder's logits at some positions of each of a few unpadded sequences of one length."""
     rows = torch.cat([torch.full_like(where, b) for b, where in enumerate(scored)])
     columns, sizes = torch.cat(list(scored)), [len(where) for where in scored]
