@@ -48,7 +48,7 @@ def export(plots: list[Plot], folder: Path, memory: Path) -> tuple[list[str], st
                 write_text(memory, json.dumps(known))
     except BadInputError:  # the folder cannot be written, which is no matter of kaleido's
         raise
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # kaleido and its browser have errors of their own
         return [], f"{HOW} What kaleido said: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
     for name in set(known) - set(hashes):  # drawn for another report in this folder
         for ending in ENDINGS:
