@@ -152,8 +152,8 @@ def write(store: Path) -> None:
         f"scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens; Gemma: 32 predictions). "
         "Numbers are means "
         "over the queries at least 16 tokens away, heads and layers of each sink's life, then over sinks; intervals: "
-        "95 % BCa over documents. Parts of the loss are Shapley values: negative, the model is better for having it. "
-        "The models are 4-bit GGUF weights, dequantised (MiniLM: safetensors).",
+        "95 % bootstrap-t over documents. Parts of the loss are Shapley values: negative, the model is better for "
+        "having it. The models are 4-bit GGUF weights, dequantised (MiniLM: safetensors).",
     ]
     for name in MODELS:
         for kind in KINDS:

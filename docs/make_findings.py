@@ -74,7 +74,7 @@ def decoder(name: str) -> str:
     parts = [
         f"## {name}",
         f"{len(tokens)} documents, {int(tokens.lengths.sum())} tokens. Sink rate at position 0, epsilon 0.3: "
-        f"{scores.sink_rate():.3f} [{low:.3f}, {high:.3f}] (95 % BCa over documents). {len(sinks)} sinks: "
+        f"{scores.sink_rate():.3f} [{low:.3f}, {high:.3f}] (95 % bootstrap-t over documents). {len(sinks)} sinks: "
         f"{len(sinks.primary)} primary, {len(sinks.secondary)} secondary; {with_secondary} documents hold a secondary "
         f"sink; {sum(p is None for p in sinks.strongest)} have no primary.",
         "### Mass by kind\n\n" + table(masses),

@@ -192,8 +192,9 @@ def write(store: Path) -> None:
         f"Written by `python docs/make_interventions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
         f"of `python-docs` with at least 256 tokens, the first 512 of each; at most {SCORED} predictions per document "
         "are scored, none at a sink, at an edited token or at a control's token, the same in every run of a table. "
-        "Intervals: 95 % BCa over documents. The models are 4-bit GGUF weights, dequantised. *Beyond the control* is "
-        "the paired difference of the loss; a control that exists only in some documents is compared on those.",
+        "Intervals: 95 % bootstrap-t over documents. The models are 4-bit GGUF weights, dequantised. *Beyond the "
+        "control* is the paired difference of the loss; a control that exists only in some documents is compared on "
+        "those.",
     ]
     for name in DECODERS:
         if not any(store.glob(f"{name}-*.safetensors")) and not (store / f"{name}-bos.csv").is_file():

@@ -71,9 +71,9 @@ def write(store: Path) -> None:
         f"Written by `python docs/make_streaming.py` on {date.today()}, sinklens {sl.__version__}. StreamingLLM's "
         f"cache ({PUBLISHED}): some tokens that stay and the N most recent ones, positions counted in the cache "
         "(docs/definitions.md, section 9), exactly, in one forward. Loss in nats over all predictions; *cost*: above "
-        "full attention, *gain*: below the window alone of the same N, both paired by document; intervals: 95 % BCa "
-        "over documents. Sinks are those that `find_sinks` finds under full attention. The models are 4-bit GGUF "
-        "weights, dequantised.",
+        "full attention, *gain*: below the window alone of the same N, both paired by document; intervals: 95 % "
+        "bootstrap-t over documents. Sinks are those that `find_sinks` finds under full attention. The models are "
+        "4-bit GGUF weights, dequantised.",
     ]
     for name in MODELS:
         if any(store.glob(f"{name}-*")):

@@ -41,9 +41,9 @@ def compare_contexts(
     still a sink at the same **position**, and which share still at the same **token** (followed to its new place),
     for position 0 apart from all others.
 
-    Columns: context, seq_len, sink_rate, low, high (BCa from 16 documents on, else NaN), alpha, primary, secondary,
-    secondary_per_100_tokens; and for shuffled rows the natural sinks at position 0 (first) and elsewhere (others):
-    first, first_kept_by_position, first_kept_by_token, others, others_kept_by_position, others_kept_by_token.
+    Columns: context, seq_len, sink_rate, low, high (bootstrap-t from 16 documents on, else NaN), alpha, primary,
+    secondary, secondary_per_100_tokens; and for shuffled rows the natural sinks at position 0 (first) and elsewhere
+    (others): first, first_kept_by_position, first_kept_by_token, others, others_kept_by_position, others_kept_by_token.
     """
     unknown = set(contexts) - set(CONTEXTS)
     if unknown:

@@ -72,8 +72,8 @@ class EvictionStudy(ShownInJupyter):
 
         Columns: ``keeps, recent, kept`` (tokens that stay, mean over sequences), ``loss, perplexity``, ``cost`` (loss
         above full attention) and ``gain`` (loss below the window alone of the same size), the last two paired by
-        sequence; ``_low`` and ``_high`` are 95 % BCa intervals over documents (16 or more). Losses are means over
-        sequences of their means.
+        sequence; ``_low`` and ``_high`` are 95 % bootstrap-t intervals over documents (16 or more). Losses are means
+        over sequences of their means.
         """
         values = self.losses.double().nanmean(-1)
         alone = {c.recent: values[n] for n, c in enumerate(self.caches) if c.keeps == NONE}

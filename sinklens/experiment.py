@@ -9,30 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
-from sinklens.flash_backend import Flash, flash, hooked
+from sinklens.flash_backend import Flash
 from sinklens.flash_scores import choose_backend
 from sinklens.hooks import Hooks
-from sinklens.lives import activity as active_where
-from sinklens.metrics import METRICS, Metric, token_metrics
+from sinklens.measuring import groups, measure
+from sinklens.metrics import METRICS, Metric
 from sinklens.models import untrained_twin
 from sinklens.outcome import UNTRAINED, Experiment
-from sinklens.pattern_edit import delegates
 from sinklens.plan import Plan, Planned, check_controls
 from sinklens.predictions import check_masking, predictions
 from sinklens.proof import capabilities, same_model
-from sinklens.running import run_blocks
-from sinklens.sinkmap import SinkMap, assemble
+from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.store import Store
 from sinklens.tokens import Tokens, as_tokens
-from sinklens.watch import Watch
 
 Intervention = Sequence[tuple[Any, Callable[..., Any]]] | Callable[[Tokens], Hooks]
 
@@ -88,8 +84,9 @@ def run_experiment(
     the text without a mask.
 
     Cost: per sequence one forward without the unembedding for the sinks, one for the base, and one per intervention
-    and control (and the same again for ``twin``); encoders: one more row of a forward per scored position and run. The
-    base's logits of one sequence are held.
+    and control (and the same again for ``twin``); encoders: one more row of a forward per scored position and run.
+    Neighbouring sequences of one length up to 256 tokens share forwards of at most 1024 tokens. The base's logits of
+    one forward are held.
 
     Raises:
         BadInputError: nothing to run, unknown names, a plain list of hooks with named controls, a folder of another
@@ -112,15 +109,17 @@ def run_experiment(
     store = Store(resume, plan, list(chosen_metrics), twin, way)
     shadow = untrained_twin(model, seed) if twin else None
     shadows = [] if shadow is None else [_on_twin(run, shadow) for run in plan.runs if not run.control]
-    todo = [b for b in range(len(test)) if not store.has(b)]
-    total = len(todo) * (len(plan.runs) + len(shadows))
+    todo = [group for group in groups(plan, capabilities(model).vocabulary) if not all(store.has(b) for b in group)]
+    total = sum(map(len, todo)) * (len(plan.runs) + len(shadows))
     with progress_bar("experiment", total, progress) as advance:
-        for b in todo:
-            values, side = _measure(model, plan, b, plan.runs, chosen_metrics, way, advance)
-            if shadow is not None:
-                more, more_side = _measure(shadow, plan, b, shadows, chosen_metrics, way, advance)
-                values, side = torch.cat([values, more]), side + more_side
-            store.keep(b, values, side)
+        for group in todo:
+            here = measure(model, plan, group, plan.runs, chosen_metrics, way, advance)
+            more = {} if shadow is None else measure(shadow, plan, group, shadows, chosen_metrics, way, advance)
+            for b in group:
+                values, side = here[b]
+                if b in more:
+                    values, side = torch.cat([values, more[b][0]]), side + more[b][1]
+                store.keep(b, values, side)
     return store.collect(discovery if split else None)
 
 
@@ -196,63 +195,3 @@ def _on_twin(run: Planned, shadow: TransformerBridge) -> Planned:
     """A run with its hooks built anew on the untrained twin."""
     hooks = run.hooks.rebuilt(model=shadow) if isinstance(run.hooks, Hooks) else run.hooks
     return replace(run, control=UNTRAINED, hooks=hooks)
-
-
-def _measure(
-    model: TransformerBridge,
-    plan: Plan,
-    b: int,
-    runs: Sequence[Planned],
-    metrics: dict[str, Metric],
-    way: str,
-    advance: Callable[[], None],
-) -> tuple[Float[Tensor, "run metric pos"], list[dict[str, Any]]]:
-    """Every run on one sequence: metrics of the scored tokens, side effects."""
-    one = plan.tokens[b].trim().to(str(model.cfg.device))
-    length, scored = int(one.lengths[0]), plan.scored[b]
-    values = torch.full((len(runs), len(metrics), length), torch.nan)
-    side: list[dict[str, Any]] = []
-    targets = plan.read.targets(one.ids, scored)
-    base: Tensor | None = None
-    sinks = torch.zeros(length, dtype=torch.bool)
-    sinks[[p for s, p in plan.found.places or () if s == b]] = True
-    before: set[int] | None = None
-    for r, run in enumerate(runs):
-        advance()
-        if not run.counts[b]:
-            continue
-        edited = torch.zeros(capabilities(model).n_layers, length, dtype=torch.bool)
-        for place in run.places[b]:
-            edited[sorted(place.layers) if place.layers is not None else slice(None), place.position] = True
-        watch = Watch(model, length, edited, sinks, blind=way == "hooks" and delegates(model))
-        first, last = watch.hooks()
-        with flash(model) if way == "flash" else hooked(model) as state:
-            if state is not None:
-                state.watch = watch
-            hooks = [*first, *run.hooks, *last]
-            if plan.read.masked:
-                run_blocks(model, one.ids, hooks, flashing=state is not None)
-                hooks = [*run.hooks]
-                if state is not None:
-                    state.watch = None
-            logits = plan.read.logits(model, one.ids, scored, hooks)
-        base = logits if base is None else base
-        for m, metric in enumerate(metrics.values()):
-            values[r, m, scored] = token_metrics(metric, logits, base, targets).float()
-        active = {s.position for s in _active(watch, plan, b)}
-        before = active if before is None else before
-        side.append(
-            {"label": run.label, "control": run.control, "sequence": b, **watch.summary()}
-            | {"new_sinks": len(active - before), "lost_sinks": len(before - active)}
-        )
-    return values, side
-
-
-def _active(watch: Watch, plan: Plan, b: int) -> Sequence[Any]:
-    """The sinks of an edited run, by the same thresholds."""
-    one = plan.tokens[b].trim()
-    uniform = plan.found.uniform[b : b + 1, :, : int(one.lengths[0])]
-    mass = watch.mass[None]
-    thresholds = plan.found.thresholds
-    found, _ = assemble(active_where(mass, uniform, thresholds), mass, None, one, thresholds, attended=None)
-    return found

@@ -27,6 +27,7 @@ from sinklens.flash_backend import hooked
 from sinklens.frozen import frozen_norm
 from sinklens.offload import refuse_offloaded
 from sinklens.proof import capabilities, has_hook
+from sinklens.torch_globals import PlainAttention, forward_mode
 
 PROBES = 16
 CHUNK = 16  # tangents at once
@@ -141,8 +142,9 @@ class Stream:
             return torch.func.jvp(self, (self.start,), (v,))[1]
 
         for first in range(0, len(tangents), chunk):
-            with torch.no_grad(), _plain_kernels(), derivatives_named(self.model):
-                yield torch.func.vmap(one)(tangents[first : first + chunk])
+            with forward_mode(self.model), torch.no_grad(), PlainAttention(), derivatives_named(self.model):
+                part = torch.func.vmap(one)(tangents[first : first + chunk])
+            yield part
 
     def pulled(
         self, layer: int, row: int, covectors: Float[Tensor, "covector d_model"]
@@ -155,7 +157,7 @@ class Stream:
     ) -> Iterator[Float[Tensor, "covector pos d_model"]]:
         """:meth:`pulled` of several (layer, row, covectors), from one forward whose graph is kept meanwhile."""
         start = self.start.clone().requires_grad_()
-        with torch.enable_grad(), _plain_kernels():
+        with torch.enable_grad(), PlainAttention():
             outputs = self(start)
         for layer, row, covectors in wanted:
             out = outputs[layer - self.layer, row]
@@ -190,13 +192,6 @@ def _constant(pattern: Tensor) -> Any:
         return pattern
 
     return hook
-
-
-@contextlib.contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Only attention kernels with derivatives of either mode; what was allowed before is restored."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        yield
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from sinklens.offload import check_device, input_device, offloaded
 from sinklens.plain import PlainModel
 from sinklens.plain_proof import prove_plain
 from sinklens.proof import capabilities, check_finite_weights
+from sinklens.torch_globals import own_generator
 
 # Encoders saved without a head have no adapter; the same weights under a masked-LM head have one. The head is
 # then random and never used.
@@ -144,8 +145,7 @@ def untrained_twin(model: TransformerBridge, seed: int = 0) -> TransformerBridge
     """
     original: Any = model.original_model
     config = copy.deepcopy(original.config)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with own_generator(seed):
         fresh = type(original)(config)
     return load_model(fresh.to(device=model.cfg.device, dtype=model.cfg.dtype))
 
@@ -217,7 +217,7 @@ def _load_named(
         architecture = _HEADED.get(declared, declared)
         model_class = _model_class(architecture, name)
         config.architectures = [architecture]
-        with quiet_transformers():
+        with quiet_transformers(), own_generator(0):  # a head that is missing is drawn
             hf, report = model_class.from_pretrained(
                 source,
                 config=config,

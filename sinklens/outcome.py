@@ -88,7 +88,7 @@ class Experiment(ShownInJupyter):
         return (run - base).nanmean(-1)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per run: means over sequences, with 95 % BCa intervals over documents (16 or more, else NaN).
+        """One row per run: means over sequences, with 95 % bootstrap-t intervals over documents (16 or more, else NaN).
 
         ``loss`` is the run's own mean, ``d_loss`` its change from base on the same tokens; ``kl`` and ``top1`` compare
         with base by themselves. For controls ``beyond`` is the intervention's effect minus the control's on the

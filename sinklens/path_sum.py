@@ -48,6 +48,7 @@ from sinklens.results import atomic_path
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat
 from sinklens.tokens import Tokens, as_tokens
+from sinklens.torch_globals import forward_mode
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -293,7 +294,7 @@ class _Branch:
         own = float(identity)
         v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         old = new = torch.zeros_like(x[:, 0])
-        with derivatives_named(self._model), torch.enable_grad():
+        with forward_mode(self._model), derivatives_named(self._model), torch.enable_grad():
             for _ in range(STEPS):
                 v = v / v.norm(dim=-1, keepdim=True).clamp(min=1e-30)
                 w = own * v + torch.func.jvp(self, (x,), (v,))[1]

@@ -160,16 +160,28 @@ def scored_logits(
     model: TransformerBridge, ids: Int[Tensor, "1 pos"], scored: Int[Tensor, " scored"], hooks: Sequence[Any]
 ) -> Float[Tensor, "scored vocabulary"]:
     """A decoder's logits at some positions only: the unembedding sees no others (unless hooks look at it)."""
-    index = scored.to(ids.device)
+    return row_logits(model, ids, [scored], hooks)[0]
+
+
+def row_logits(
+    model: TransformerBridge,
+    ids: Int[Tensor, "batch pos"],
+    scored: Sequence[Int[Tensor, " _"]],
+    hooks: Sequence[Any],
+) -> list[Float[Tensor, "_ vocabulary"]]:
+    """A decoder's logits at some positions of each of a few unpadded sequences of one length."""
+    rows = torch.cat([torch.full_like(where, b) for b, where in enumerate(scored)])
+    columns, sizes = torch.cat(list(scored)), [len(where) for where in scored]
     late = _late(hooks)
 
     def choose(tensor: Tensor, hook: Any) -> Tensor:
-        return tensor[:, index.to(tensor.device)]
+        return tensor[rows.to(tensor.device), columns.to(tensor.device)][None]
 
     few = [] if late else [(UNEMBED, choose)]
     with torch.no_grad():
-        logits = model.run_with_hooks(ids, fwd_hooks=[*hooks, *few])[0]
-    return logits[index.to(logits.device)] if late else logits
+        logits = model.run_with_hooks(ids, fwd_hooks=[*hooks, *few])
+    chosen = logits[rows.to(logits.device), columns.to(logits.device)] if late else logits[0]
+    return list(chosen.split(sizes))
 
 
 def _masked_logits(

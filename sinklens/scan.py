@@ -42,9 +42,8 @@ class ScanSummary:
     def sentence(self) -> str:
         """The finding in one sentence."""
         if self.interval is not None:
-            spread = (
-                f" [{self.interval[0]:.3f}, {self.interval[1]:.3f}], 95 % BCa interval over {self.documents} documents"
-            )
+            low, high = self.interval
+            spread = f" [{low:.3f}, {high:.3f}], 95 % bootstrap-t interval over {self.documents} documents"
         else:
             spread = f" ({self.documents} document(s): no interval below {MIN_DOCUMENTS})"
         return (

@@ -97,7 +97,7 @@ class SinkScores(ShownInJupyter, table="position_table"):
     def sink_rate_interval(
         self, position: int = 0, epsilon: float = 0.3, confidence: float = 0.95
     ) -> tuple[float, float] | None:
-        """The BCa interval of :meth:`sink_rate` over documents; None with fewer than 16 documents."""
+        """The bootstrap-t interval of :meth:`sink_rate` over documents; None with fewer than 16 documents."""
         per_sequence = (self._alpha_at(position) > epsilon).double().mean((1, 2))
         return interval(per_sequence, self._documents_at(position), confidence=confidence)
 

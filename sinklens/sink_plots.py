@@ -75,7 +75,8 @@ def sweep_curves(table: pd.DataFrame, name: str, chosen: float) -> go.Figure:
         figure.add_scatter(x=table[name], y=table[column], name=column, mode="lines+markers", line={"color": colour})
     figure.add_vline(x=chosen, line={"dash": "dot", "color": "#8795a5"}, annotation_text=f"in force: {chosen:g}")
     figure.update_xaxes(title=f"threshold: {name.replace('_', ' ')}")
-    figure.update_yaxes(title="sinks", rangemode="tozero")
+    highest = max(1, table[["sinks", "primary", "secondary"]].max().max())
+    figure.update_yaxes(title="sinks", range=[0, 1.15 * highest])  # room for the words beside the line
     return themed(figure, "How the count depends on the threshold", height=380)
 
 

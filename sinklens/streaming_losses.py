@@ -75,7 +75,7 @@ class StreamingLoss(ShownInJupyter):
         return math.exp(float(self.per_sequence.mean()))
 
     def interval(self) -> dict[str, float]:
-        """``mean, low, high`` of the loss per sequence: BCa over documents, NaN with fewer than 16 of them."""
+        """``mean, low, high`` of the loss per sequence: bootstrap-t over documents, NaN with fewer than 16 of them."""
         return summary(self.per_sequence, self.tokens.documents)
 
     def to_dataframe(self, by: str = "sequence") -> pd.DataFrame:

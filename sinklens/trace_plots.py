@@ -155,7 +155,7 @@ def dose_curves(trace: SinkTrace, kind: str | None = None) -> go.Figure:
             line={"color": ACCENT, "width": 3}, showlegend=column == 1,
             hovertemplate="x %{x}: %{y:.3f}<extra></extra>", row=1, col=column,
         )  # fmt: skip
-    figure.update_xaxes(title="factor on what the writer adds at the sink")
+    figure.update_xaxes(title="factor on what the writer adds at the sink", row=1, col=2)
     which = f"{kind} sinks" if kind else "sinks"
     title = f"What the writer adds, rescaled: {sinks} phase(s) of {which}<br><sup>thin: each; thick: mean</sup>"
     return themed(figure, title, height=420)

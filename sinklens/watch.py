@@ -7,6 +7,7 @@ its blocks of query rows before and after edits. Nothing larger than what comes 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,34 +46,13 @@ class Watch:
     moved: dict[int, Float[Tensor, "5"]] = field(default_factory=dict)
     norms: list[tuple[float, float]] = field(default_factory=list)
     blind: bool = False
-    _before: Tensor | None = None
     _sums: dict[int, ColumnSums] = field(default_factory=dict)
     _entropy: dict[int, tuple[float, int]] = field(default_factory=dict)
 
-    def hooks(self) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
-        """The hooks that belong before the edit's, and those after it; under flash only residual norms are hooked."""
-        facts = capabilities(self.model)
-        first: list[tuple[str, Any]] = []
-        last: list[tuple[str, Any]] = []
-        for layer in range(facts.n_layers):
-
-            def keep(pattern: Tensor, hook: Any) -> None:
-                self._before = pattern
-
-            def look(pattern: Tensor, hook: Any, layer: int = layer) -> None:
-                before = pattern if self._before is None else self._before
-                self._before = None
-                for block in blocks(View(1.0, causal=False), self.length, self.length, ROWS):
-                    self.look(layer, block, before[:, :, block.rows], pattern[:, :, block.rows])
-
-            def norm(residual: Tensor, hook: Any) -> None:
-                size = residual[0].float().norm(dim=-1)
-                self.norms.append((float(size.median()), float(size.max())))
-
-            point = attention_hook(layer, "hook_pattern")
-            first.append((point, either_backend(keep)))
-            last += [(point, either_backend(look)), (block_output(layer), norm)]
-        return first, last
+    def norm(self, residual: Float[Tensor, "pos d_model"]) -> None:
+        """See a block's output."""
+        size = residual.float().norm(dim=-1)
+        self.norms.append((float(size.median()), float(size.max())))
 
     def look(
         self,
@@ -82,8 +62,8 @@ class Watch:
         after: Float[Tensor, "1 head row key"],
     ) -> None:
         """See a block of query rows of a layer's pattern, unedited and edited."""
-        if before.data_ptr() != after.data_ptr():
-            self._compare(layer, block, before, after)
+        if before.data_ptr() != after.data_ptr() and (self.edited[layer].any() or not torch.equal(before, after)):
+            self._compare(layer, block, before, after)  # else the edit is of another row's layers
         if layer not in self._sums:
             self._sums[layer] = ColumnSums((1, after.shape[1], self.length), after.device)
         self._sums[layer].add(slice(0, 1), block, after.float())
@@ -127,3 +107,47 @@ class Watch:
             "median_norm": sum(a for a, _ in self.norms) / len(self.norms),
             "largest_norm": max(b for _, b in self.norms),
         }
+
+
+class Watches:
+    """One :class:`Watch` for each row of a forward, and the hooks that show them what passes."""
+
+    def __init__(self, rows: Sequence[Watch]) -> None:
+        self.rows = rows
+        self._before: Tensor | None = None
+
+    def look(
+        self,
+        layer: int,
+        block: Block,
+        before: Float[Tensor, "batch head row key"],
+        after: Float[Tensor, "batch head row key"],
+    ) -> None:
+        """See a block of query rows of a layer's pattern, unedited and edited."""
+        for b, watch in enumerate(self.rows):
+            watch.look(layer, block, before[b : b + 1], after[b : b + 1])
+
+    def hooks(self) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+        """The hooks that belong before the edit's, and those after it; under flash only residual norms are hooked."""
+        first: list[tuple[str, Any]] = []
+        last: list[tuple[str, Any]] = []
+        length = self.rows[0].length
+        for layer in range(capabilities(self.rows[0].model).n_layers):
+
+            def keep(pattern: Tensor, hook: Any) -> None:
+                self._before = pattern
+
+            def look(pattern: Tensor, hook: Any, layer: int = layer) -> None:
+                before = pattern if self._before is None else self._before
+                self._before = None
+                for block in blocks(View(1.0, causal=False), length, length, ROWS):
+                    self.look(layer, block, before[:, :, block.rows], pattern[:, :, block.rows])
+
+            def norm(residual: Tensor, hook: Any) -> None:
+                for watch, row in zip(self.rows, residual, strict=True):
+                    watch.norm(row)
+
+            point = attention_hook(layer, "hook_pattern")
+            first.append((point, either_backend(keep)))
+            last += [(point, either_backend(look)), (block_output(layer), norm)]
+        return first, last

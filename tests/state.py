@@ -74,7 +74,9 @@ class Strike(list[str]):
         self.at, self.error = at, error
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code.co_name[0] != "<":
+        name = frame.f_code.co_name  # torch calls __torch_function__ inside the type checker too, which hides the fault
+        ours = frame.f_code.co_filename.startswith(PACKAGE) and name[0] != "<" and name != "__torch_function__"
+        if event == "call" and ours:
             self.append(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}")
             if len(self) - 1 == self.at:
                 sys.settrace(None)

@@ -19,6 +19,7 @@ from state import Strike, Struck, changed, model_state, process_state
 import sinklens as sl
 from sinklens import streaming
 from sinklens.plain_backend import watching
+from sinklens.torch_globals import own_generator
 
 STRIKES = int(
     os.environ.get("SINKLENS_STRIKES", "1")
@@ -92,17 +93,19 @@ def test_two_models_in_two_threads_give_what_each_gives_alone(world: World, tmp_
     other = World(tmp_path, seed=1)
     worlds = [world, other]
     alone = [numbers(w) for w in worlds]
+    before = process_state()
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(numbers, worlds * 3))
     assert all(equal(found, alone[i % 2]) for i, found in enumerate(together))
+    assert changed(before, process_state()) == []
 
 
 def test_threads_take_turns_on_one_model(world: World) -> None:
-    alone, before = numbers(world), model_state(world.model)
+    alone, before = numbers(world), everything(world)
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(numbers, [world] * 6))
     assert all(equal(found, alone) for found in together)
-    assert changed(before, model_state(world.model)) == []
+    assert changed(before, everything(world)) == []
 
 
 def test_a_function_waits_while_another_thread_holds_a_context_of_its_model(world: World) -> None:
@@ -140,6 +143,21 @@ def test_a_context_may_be_stopped_at_any_call_of_its_beginning_and_end(world: Wo
             assert changed(before, everything(world)) == [], f"{error.__name__} in {stopped[-3:]}"
 
 
+def test_threads_take_turns_at_the_global_generator() -> None:
+    def drawn() -> torch.Tensor:
+        with own_generator(2):
+            return torch.randn(3)
+
+    alone, before = drawn(), torch.get_rng_state()
+    with ThreadPoolExecutor(1) as pool:
+        with own_generator(1):
+            waiting = pool.submit(drawn)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+        assert torch.equal(waiting.result(timeout=60), alone)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_nested_contexts_end_in_any_depth(world: World) -> None:
     before = everything(world)
     with sl.flash(world.model):
@@ -151,10 +169,16 @@ def test_nested_contexts_end_in_any_depth(world: World) -> None:
 
 
 def numbers(world: World) -> list[torch.Tensor]:
-    """Scores by both backends, an edit's losses."""
+    """Scores by both backends, an edit's losses, Jacobians of both modes with an untrained twin, a bound's gains."""
     model, tokens = world.model, world.tokens
     found = [sl.sink_scores(model, tokens, backend=backend).alpha for backend in ("hooks", "flash")]
-    found.append(sl.token_loss(model, tokens, hooks=sl.ablate_sinks(model, [0])))
+    edit = sl.ablate_sinks(model, [0])
+    found.append(sl.token_loss(model, tokens, hooks=edit))
+    few, options = tokens.ids[:1, :6], {"sinks": [0], "progress": False}
+    mixing = sl.compare_mixing(model, few, {"edit": edit}, probes=2, twin=True, **options)
+    found += [one.maps[0] for one in mixing.conditions.values()]
+    found.append(sl.measure_mixing(model, few, probes=2, route="reverse", **options).maps[0])
+    found += sl.path_sums(model, few, **options).bounds
     return found
 
 

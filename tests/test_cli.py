@@ -51,7 +51,7 @@ def test_scan_prints_the_finding_and_writes_three_files(tmp_path: Path, text_a: 
 def test_scan_of_sixteen_documents_gives_an_interval(tmp_path: Path) -> None:
     code, shown = run("scan", "--seq-len", "64", "--n-seqs", "16", "--epsilon", "0.3")
     assert code == 0
-    assert re.search(r"share of 0\.\d{3} of smollm2-135m's heads \[0\.\d{3}, 0\.\d{3}\], 95 % BCa", shown)
+    assert re.search(r"share of 0\.\d{3} of smollm2-135m's heads \[0\.\d{3}, 0\.\d{3}\], 95 % bootstrap-t", shown)
 
 
 @pytest.mark.real

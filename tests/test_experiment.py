@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from planted import ORDINARY, X, Y, planted_model, row
 from torch import Tensor
 
 import sinklens as sl
+from sinklens import measuring
 from sinklens.controls import CONTROLS
+from sinklens.plan import Plan
+from sinklens.predictions import predictions
+from sinklens.proof import capabilities
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +286,68 @@ def test_bad_experiments_say_what_to_do(model: Any) -> None:
     _, encoder = build_pair("bert")
     with pytest.raises(sl.UnsupportedModelError, match="no next token"):
         sl.run_experiment(encoder, ids, {"x": sl.ablate_residual(encoder, [0], "rescale", g=0.5)})
+
+
+def test_sequences_that_share_forwards_are_measured_as_if_alone(sunk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, sinks = sunk
+    edits = {mode: sl.ablate_sinks(model, sinks, mode) for mode in ("zero", "renormalize")}
+    forwards: list[int] = []
+    rows = measuring.row_logits
+
+    def counted(model: Any, ids: Tensor, *rest: Any) -> Any:
+        forwards.append(len(ids))
+        return rows(model, ids, *rest)
+
+    def go() -> sl.Experiment:
+        forwards.clear()
+        return sl.run_experiment(model, tokens, edits, controls=("random", "recent"), sinks=sinks)
+
+    monkeypatch.setattr(measuring, "row_logits", counted)
+    shared = go()
+    assert forwards == [8] * 14 + [2] * 7  # 18 texts of 120 tokens, seven runs
+    monkeypatch.setattr(measuring, "MOST_TOKENS", 0)
+    alone = go()
+    assert forwards == [1] * 18 * 7
+    for metric in shared.metrics:
+        assert torch.allclose(shared.metrics[metric], alone.metrics[metric], atol=1e-6, equal_nan=True)
+    assert len(shared.side) == len(alone.side)
+    for one, other in zip(shared.side, alone.side, strict=True):
+        assert one == pytest.approx(other, abs=1e-5, nan_ok=True)
+
+
+def test_what_may_not_share_a_forward_runs_alone(sunk: Any) -> None:
+    model, tokens, sinks = sunk
+    vocabulary = capabilities(model).vocabulary
+
+    def sizes(edits: dict[str, Any], batch: sl.Tokens = tokens, vocabulary: int = vocabulary) -> list[int]:
+        found = sinks if batch is tokens else sl.find_sinks(model, batch)
+        plan = Plan(batch, found, edits, (), 0, None, predictions(model))
+        return [len(group) for group in measuring.groups(plan, vocabulary)]
+
+    ours = {"zero": sl.ablate_sinks(model, sinks, "zero")}
+    assert sizes(ours) == [8, 8, 2]
+    assert sizes(ours, vocabulary=64_000_000 // 240) == [2] * 9, "their logits would be too large"
+    assert sizes({"plain": list(ours["zero"])}) == [1] * 18
+    assert sizes({"X": sl.ablate_sinks(model, lambda ids: ids == X, "zero")}) == [1] * 18
+    mask = tokens.mask[:4].clone()
+    mask[2, 80:] = False
+    mixed = replace(tokens[:4], mask=mask)
+    assert sizes({"first": sl.ablate_sinks(model, [0], "zero")}, mixed) == [2, 1, 1]
+
+
+def test_a_group_that_was_interrupted_gives_the_same_bits(sunk: Any, tmp_path: Path) -> None:
+    model, tokens, sinks = sunk
+    edits = {"zero": sl.ablate_sinks(model, sinks, "zero")}
+
+    def go(folder: Path) -> sl.Experiment:
+        return sl.run_experiment(model, tokens, edits, controls=("random",), sinks=sinks, resume=folder)
+
+    whole = go(tmp_path)
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("sequence-*")}
+    assert len(kept) == 18
+    for b in (3, 4, 17):
+        (tmp_path / f"sequence-{b:05d}.safetensors").unlink()
+    again = go(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("sequence-*")} == kept
+    assert again.side == whole.side
+    assert torch.equal(again.metrics["kl"].nan_to_num(), whole.metrics["kl"].nan_to_num())

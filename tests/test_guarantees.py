@@ -27,6 +27,20 @@ def test_every_row_promises_something_and_names_a_test() -> None:
         assert re.search(r"`tests/test_\w+\.py::test_\w+`", row[4]), row
 
 
+def sources(cell: str) -> str:
+    """The files of the tests that a cell names."""
+    return "".join((ROOT / path).read_text(encoding="utf-8") for path in re.findall(r"`(tests/test_\w+\.py)::", cell))
+
+
+def test_every_row_says_how_exactly() -> None:
+    """A number, exact, or refused; and a tolerance stands in a file of its tests (1e-6 relative is pytest's own)."""
+    for row in ROWS:
+        assert re.search(r"\d|\bexact\b|\brefused\b", row[3]), row
+        assert "of the test" not in row[3], row
+        for number in re.findall(r"\d+e-\d+", row[3].replace("1e-6 relative", "").replace("1e-3 (self-test)", "")):
+            assert number in sources(row[4]), f"{number} is in no test of {row[1]}"
+
+
 def test_every_test_that_is_named_exists() -> None:
     named = set(re.findall(r"`(tests/test_\w+\.py)::(test_\w+)`", PAGE))
     assert len(named) > 100

@@ -2,8 +2,8 @@
 
 A 95 % interval that is right covers the truth in 95 % of simulated samples. With ``RUNS`` simulations the observed
 share errs by itself, so a claim "covers at least p" is rejected where the observed count would have a probability below
-0.001 under p (one-sided binomial bound). Where BCa misses its nominal level the test says so, with the measured share,
-so that docs/definitions.md cannot promise more than is true.
+0.001 under p (one-sided binomial bound). Intervals of means over documents must reach the nominal 0.95; where they do
+not, ``LEAST`` says what they reach, so that docs/interval_coverage.md cannot promise more than is true.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 from sinklens.jacobians import chi_square_interval
 from sinklens.statistics import interval
 
-RUNS = 300
-RESAMPLES = 799
+RUNS = 600
+RESAMPLES = 399
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 DISTRIBUTIONS: dict[str, tuple[Draw, float]] = {
@@ -28,29 +28,21 @@ DISTRIBUTIONS: dict[str, tuple[Draw, float]] = {
     "exponential": (lambda g, n: g.exponential(size=n), 1.0),
     "lognormal": (lambda g, n: g.lognormal(0.0, 1.0, size=n), float(np.exp(0.5))),
     "zero-inflated": (lambda g, n: np.where(g.uniform(size=n) < 0.5, 0.0, g.exponential(size=n)), 0.5),
+    "mostly zero": (lambda g, n: np.where(g.uniform(size=n) < 0.8, 0.0, g.exponential(size=n)), 0.2),
+    "heavy tails": (lambda g, n: g.standard_t(3, size=n), 0.0),
+    "contaminated": (lambda g, n: g.normal(size=n) * np.where(g.uniform(size=n) < 0.05, 20.0, 1.0), 0.0),
     "rate": (lambda g, n: g.binomial(30, 0.9, size=n) / 30, 0.9),
+    "yes or no": (lambda g, n: g.binomial(1, 0.5, size=n) * 1.0, 0.5),
+    "rare": (lambda g, n: g.binomial(1, 0.1, size=n) * 1.0, 0.1),
 }
-# The least coverage that each case must have. 0.95 minus what BCa is known to lose with so few documents; what is
-# measured stands in docs/definitions.md, section 7.
+# Where the coverage is below 0.95: very skewed documents, and samples that are often constant (a point holds nothing).
 LEAST = {
-    ("normal", 16): 0.90,
-    ("normal", 24): 0.91,
-    ("normal", 50): 0.92,
-    ("uniform", 16): 0.90,
-    ("uniform", 24): 0.91,
-    ("uniform", 50): 0.92,
-    ("exponential", 16): 0.87,
-    ("exponential", 24): 0.89,
-    ("exponential", 50): 0.91,
-    ("lognormal", 16): 0.80,
-    ("lognormal", 24): 0.82,
-    ("lognormal", 50): 0.86,
-    ("zero-inflated", 16): 0.85,
-    ("zero-inflated", 24): 0.87,
-    ("zero-inflated", 50): 0.90,
-    ("rate", 16): 0.89,
-    ("rate", 24): 0.90,
-    ("rate", 50): 0.91,
+    ("lognormal", 16): 0.91,
+    ("lognormal", 24): 0.93,
+    ("lognormal", 50): 0.94,
+    ("mostly zero", 16): 0.89,
+    ("rare", 16): 0.81,
+    ("rare", 24): 0.90,
 }
 
 
@@ -71,23 +63,49 @@ def too_low(share: float, runs: int, least: float) -> bool:
     return float(binom.cdf(round(share * runs), runs, least)) < 0.001
 
 
-@pytest.mark.parametrize(("name", "n"), [("normal", 16), ("exponential", 16), ("rate", 24), ("lognormal", 50)])
-def test_intervals_cover_the_mean_as_often_as_the_definitions_say(name: str, n: int) -> None:
+@pytest.mark.parametrize("n", [16, 24, 50])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_intervals_cover_the_mean_as_often_as_they_say(name: str, n: int) -> None:
     share = coverage(name, n)
-    assert not too_low(share, RUNS, LEAST[name, n]), f"{name}, n = {n}: {share:.3f}"
+    assert not too_low(share, RUNS, LEAST.get((name, n), 0.95)), f"{name}, n = {n}: {share:.3f}"
+
+
+def test_intervals_cover_where_documents_hold_unequal_numbers_of_sequences() -> None:
+    """What a document adds is shared by its one to five sequences: documents are the units, not sequences."""
+    generator = np.random.default_rng(5)
+    hits = 0
+    for run in range(RUNS):
+        documents = np.repeat(np.arange(16), generator.integers(1, 6, size=16))
+        values = generator.exponential(size=16)[documents] + generator.normal(size=len(documents))
+        found = interval(torch.from_numpy(values), documents.tolist(), seed=run, resamples=RESAMPLES)
+        assert found is not None
+        hits += found[0] <= 1.0 <= found[1]
+    assert not too_low(hits / RUNS, RUNS, 0.94), f"{hits / RUNS:.3f}"
+
+
+@pytest.mark.parametrize("name", ["mostly zero", "rare", "lognormal", "contaminated"])
+def test_no_sample_gives_an_absurdly_wide_interval(name: str) -> None:
+    """Plain bootstrap-t divides by the spread of resamples that may have none: its widths have no bound."""
+    draw, _ = DISTRIBUTIONS[name]
+    generator = np.random.default_rng(0)
+    for run in range(RUNS):
+        sample = draw(generator, 16)
+        found = interval(torch.from_numpy(sample), range(16), seed=run, resamples=RESAMPLES)
+        assert found is not None
+        assert found[1] - found[0] <= 3.5 * 2 * float(t.ppf(0.975, 15)) * sample.std(ddof=1) / 4
 
 
 def test_the_test_of_coverage_sees_an_interval_that_is_too_short() -> None:
-    """The same simulation with 80 % intervals is rejected: the bound is one that can fail."""
+    """The same simulation with 85 % intervals is rejected: the bound is one that can fail."""
     draw, truth = DISTRIBUTIONS["normal"]
     generator = np.random.default_rng(0)
     hits = 0
     for run in range(RUNS):
         sample = torch.from_numpy(draw(generator, 16))
-        found = interval(sample, range(16), seed=run, resamples=RESAMPLES, confidence=0.8)
+        found = interval(sample, range(16), seed=run, resamples=RESAMPLES, confidence=0.85)
         assert found is not None
         hits += found[0] <= truth <= found[1]
-    assert too_low(hits / RUNS, RUNS, LEAST["normal", 16])
+    assert too_low(hits / RUNS, RUNS, 0.95)
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 30])

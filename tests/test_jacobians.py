@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from sinklens.jacobians import (
     probes,
     spectral_norm,
 )
+from sinklens.torch_globals import PlainAttention
 
 LENGTH = 7
 
@@ -168,27 +170,33 @@ def test_intervals_cover_at_their_rate(rank: int) -> None:
     assert 0.93 <= float(covered) <= 0.98
 
 
-def test_kernels_without_derivatives_are_switched_off_inside_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    def enabled() -> tuple[bool, ...]:
-        cuda = torch.backends.cuda
-        return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+def test_kernels_without_derivatives_are_left_out_in_this_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
+    def kernel() -> str:
+        return str(torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).grad_fn)
+
+    def elsewhere() -> str:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(kernel).result()
+
+    fused = kernel()
+    assert "FlashAttention" in fused
     _, model = build_pair("llama")
     stream = Stream(model, torch.stack(random_rows((LENGTH,))))
-    before = enabled()
-    assert before[0]
     inside = []
     called = Stream.__call__
 
     def watched(self: Stream, start: torch.Tensor) -> torch.Tensor:
-        inside.append(enabled())
+        with torch.enable_grad():
+            inside.append(("FlashAttention" in kernel(), "FlashAttention" in elsewhere()))
         return called(self, start)
 
     monkeypatch.setattr(Stream, "__call__", watched)
     probed_squares(stream, [1], count=2)
     stream.pulled(1, 3, torch.eye(stream.start.shape[1])[:1])
-    assert set(inside) == {(False, False, True)}
-    assert enabled() == before
+    assert set(inside) == {(False, True)}
+    assert "FlashAttention" in kernel()
 
     def broken(self: Stream, start: torch.Tensor) -> torch.Tensor:
         raise ValueError("stop")
@@ -196,4 +204,19 @@ def test_kernels_without_derivatives_are_switched_off_inside_and_restored(monkey
     monkeypatch.setattr(Stream, "__call__", broken)
     with pytest.raises(ValueError, match="stop"):
         probed_squares(stream, [1], count=2)
-    assert enabled() == before
+    assert "FlashAttention" in kernel()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "added"])
+def test_attention_with_derivatives_is_torchs_own_without_fused_kernels(mask: str, grouped: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 4, 6, 8, generator=draw), torch.randn(2, 2 if grouped else 4, 6, 8, generator=draw)
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    given = {"bool": seen, "added": torch.randn(6, 6, generator=draw)}.get(mask)
+    options: Any = {"attn_mask": given, "is_causal": mask == "causal", "scale": 0.3, "enable_gqa": grouped}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, k, **options)
+    with PlainAttention():
+        ours = torch.nn.functional.scaled_dot_product_attention(q, k, k, **options)
+    assert torch.equal(ours, theirs)

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge.sources.native.model import NativeModel
 from sinklens.errors import BadInputError
 from sinklens.lab.attention import LabAttention, show_scores
 from sinklens.lab.kinds import AttentionKind, kind_named
+from sinklens.torch_globals import own_generator
 
 MLPS = {"swiglu": ("silu", True), "geglu": ("gelu", True), "gelu": ("gelu", False), "relu": ("relu", False)}
 NORMS = {"rms": "RMS", "layer": "LN", "none": None}
@@ -108,7 +109,7 @@ class LabModel(NativeModel):
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         host = config.host()
-        with torch.random.fork_rng(devices=[]):  # torch's own initial weights, which are not kept
+        with own_generator(seed):  # torch's own initial weights, which are not kept
             super().__init__(host)
             for block in self.layers:
                 block.attn = LabAttention(host, config.kind, config.bias_scale, self.rotary)

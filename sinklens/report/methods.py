@@ -40,8 +40,8 @@ FORMULAS = (
     ),
     (
         "Intervals",
-        f"95 %, BCa bootstrap over documents, 4999 resamples, from {MIN_DOCUMENTS} documents on",
-        "efron1987",
+        f"95 %, bootstrap-t over documents, 4999 resamples, from {MIN_DOCUMENTS} documents on",
+        "hall1988",
     ),
 )
 
@@ -52,7 +52,7 @@ NAMES = {
     "xiao2024": "Xiao et al. 2024",
     "wong2025": "Wong et al. 2025",
     "barbero2025": "Barbero et al. 2025",
-    "efron1987": "Efron 1987",
+    "hall1988": "Hall 1988",
 }
 
 

@@ -148,12 +148,12 @@ def _markdown(found: Reproductions, title: str) -> str:
         "",
         f"**{len(found.rows)} claims judged on {len({r['model'] for r in found.rows})} model(s): {counts}.**",
         "",
-        "A claim of direction or order is *reproduced* where the whole 95 % interval over documents (BCa, 16 or more) "
-        "lies on the claimed side of the bound, and *differs* where it lies on the other. A printed number is compared "
-        "only with the model that it was printed for: reproduced where the whole interval lies within the tolerance. "
-        "Everything else is *not comparable*, with the reason. What concerns one given text has no interval and is "
-        "judged as it is. The rules are code (`sinklens/reproductions/claims.py`). The embedded decoders are 4-bit "
-        "GGUF weights, dequantised, and far smaller than the papers' models.",
+        "A claim of direction or order is *reproduced* where the whole 95 % interval over documents (bootstrap-t, 16 "
+        "or more) lies on the claimed side of the bound, and *differs* where it lies on the other. A printed number is "
+        "compared only with the model that it was printed for: reproduced where the whole interval lies within the "
+        "tolerance. Everything else is *not comparable*, with the reason. What concerns one given text has no interval "
+        "and is judged as it is. The rules are code (`sinklens/reproductions/claims.py`). The embedded decoders are "
+        "4-bit GGUF weights, dequantised, and far smaller than the papers' models.",
         "",
         "Grades of the published figures: A official code or result files, B the paper's text, C third-party notes "
         "about the paper, D its abstract.",

@@ -70,9 +70,9 @@ class SweepResults(ShownInJupyter):
     def summary(self, task: str | None = None, *, by: Sequence[str] = ()) -> pd.DataFrame:
         """Means of every number per (model, text, intervention, task, seed, control), with 95 % intervals.
 
-        A number is first averaged over the rows of a sequence, then over sequences; BCa intervals are over documents
-        (16 or more, else NaN). ``sequences`` counts those with a scored token, where tokens are scored. ``by``: more
-        columns to keep apart, such as ``["layer"]`` or ``["layer", "head"]``.
+        A number is first averaged over the rows of a sequence, then over sequences; bootstrap-t intervals are over
+        documents (16 or more, else NaN). ``sequences`` counts those with a scored token, where tokens are scored.
+        ``by``: more columns to keep apart, such as ``["layer"]`` or ``["layer", "head"]``.
 
         Raises:
             BadInputError: several tasks and none chosen, a column that there is not.
