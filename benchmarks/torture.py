@@ -2,9 +2,9 @@
 
     python benchmarks/torture.py [--kills 50] [--cases 10000] [--moments 20] [--real]
 
-The tests are those of CI (``tests/test_kills.py``, ``test_fuzz.py``, ``test_fuzz_files.py``, ``test_cleanup.py``) with
-other sizes, set by ``SINKLENS_KILLS`` (per stage, six stages), ``SINKLENS_FUZZ`` and ``SINKLENS_STRIKES``. ``--real``
-also kills the fetch and the conversion of SmolLM2 (93 MB) as often as one stage.
+The tests are those of CI (``tests/test_kills.py``, ``test_fuzz.py``, ``test_fuzz_files.py``, ``test_fuzz_methods.py``,
+``test_cleanup.py``) with other sizes, set by ``SINKLENS_KILLS`` (per stage, six stages), ``SINKLENS_FUZZ`` and
+``SINKLENS_STRIKES``. ``--real`` also kills the fetch and the conversion of SmolLM2 (93 MB) as often as one stage.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def run(options: argparse.Namespace, counts: Path) -> int:
         "SINKLENS_STRIKES": options.moments,
     }
     given = {name: str(value) for name, value in sizes.items()} | {"SINKLENS_COUNTS": str(counts)}
-    files = [str(TESTS / f"test_{name}.py") for name in ("kills", "fuzz", "fuzz_files", "cleanup", "safety")]
+    names = ("kills", "fuzz", "fuzz_files", "fuzz_methods", "cleanup", "safety")
+    files = [str(TESTS / f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "--tb=short", *files]
     return subprocess.run(command, env=os.environ | given, check=False).returncode
 

@@ -37,7 +37,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import (
     allowed_keys,
     attention_hook,
@@ -69,6 +69,7 @@ BROADCAST_RATIO = 0.5
 BROADCAST_RANK = 1.5
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Anatomy(ShownInJupyter):
     """Tables of a sink map's insides; columns as the module's text defines them.

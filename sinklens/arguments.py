@@ -25,7 +25,12 @@ from sinklens.errors import BadInputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_BOUNDS = {"seed": (0, 2**32 - 1), "chunk": (1, 2**31)}  # of numbers that mean the same in every function
+C = TypeVar("C")
+_BOUNDS = {
+    "seed": (0, 2**32 - 1),
+    "chunk": (1, 2**31),
+    "columns": (-(2**24), 2**24),
+}  # of numbers that mean the same in every function
 _PATHS = ("path", "folder", "out", "runs", "resume")
 _turns: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 _hook_names: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -76,6 +81,17 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def public_methods(kind: type[C]) -> type[C]:
+    """A class whose own methods with arguments check them as public functions do."""
+    for name, member in list(vars(kind).items()):
+        method = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+        called = not name.startswith("_") or name in ("__getitem__", "__call__")
+        if called and inspect.isfunction(method) and len(inspect.signature(method).parameters) > 1:
+            checked = public(method)
+            setattr(kind, name, type(member)(checked) if method is not member else checked)
+    return kind
+
+
 def _check_hooks(model: Any, given: Mapping[str, Any]) -> None:
     """Hook lists are pairs of a name that the model has (or a function on names) and a function."""
     lists = [("hooks", given.get("hooks"))]
@@ -116,6 +132,9 @@ def _check(function: str, name: str, value: Any, hint: Any) -> None:
         raise BadInputError(f"{function}: {name} must be {_words(hint)}, got {shown}")
     if isinstance(value, float) and math.isnan(value):
         raise BadInputError(f"{function}: {name} is NaN; give a number")
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(one, Integral) and abs(int(one)) >= 2**63:
+            raise BadInputError(f"{function}: {name} is beyond 64 bits: {one}")
     low, high = _BOUNDS.get(name, (-math.inf, math.inf))
     if isinstance(value, Integral) and not low <= int(value) <= high:
         raise BadInputError(f"{function}: {name} must be {low} to {high}, got {value}")
@@ -164,8 +183,15 @@ def fits(value: Any, hint: Any) -> bool:
         return all(fits(one, args[0]) for one in value) if listed else hasattr(value, "__next__")
     if origin is collections.abc.Callable or hint is Callable:
         return callable(value)
+    if hasattr(hint, "array_type"):  # jaxtyping's own check would bind the names of axes for the caller too
+        return isinstance(value, hint.array_type) and _array_fits(value, hint)
     plain = origin if origin is not None else hint
     return not isinstance(plain, type) or not _checkable(plain) or isinstance(value, plain)
+
+
+def _array_fits(value: Any, hint: Any) -> bool:
+    dtype = str(value.dtype).rpartition(".")[2]
+    return dtype in hint.dtypes and (hint.index_variadic is not None or value.ndim == len(hint.dims))
 
 
 def _checkable(plain: type) -> bool:

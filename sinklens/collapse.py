@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.jupyter import ShownInJupyter
@@ -51,6 +51,7 @@ NAMES = {
 }
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Collapse(ShownInJupyter, table="_last_layer"):
     """What :func:`measure_collapse` found.

@@ -44,6 +44,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.anatomy import head_class
+from sinklens.arguments import public_methods
 from sinklens.components import Component, component_name
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
@@ -88,6 +89,7 @@ class Subject(ShownInJupyter, table="_fields"):
     layers: tuple[int, ...]
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class SinkDecomposition(ShownInJupyter, table="means"):
     """What :func:`sinklens.decompose_sinks` found.

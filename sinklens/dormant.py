@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import allowed_keys, attention_hook, by_head, output_weights
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
@@ -39,6 +39,7 @@ from sinklens.tokens import Tokens, as_tokens
 KIND = "HeadActivity"
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class HeadActivity(ShownInJupyter):
     """What :func:`head_activity` measured; positions count from each sequence's first unpadded token.

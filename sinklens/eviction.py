@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning
 from sinklens.jupyter import ShownInJupyter
@@ -45,6 +45,7 @@ class Cache:
     kept: tuple[tuple[int, ...], ...]
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class EvictionStudy(ShownInJupyter):
     """What :func:`eviction_study` measured.

@@ -116,6 +116,8 @@ def run_experiment(
             here = measure(model, plan, group, plan.runs, chosen_metrics, way, advance)
             more = {} if shadow is None else measure(shadow, plan, group, shadows, chosen_metrics, way, advance)
             for b in group:
+                if store.has(b):  # kept by a run that was killed within the group, which is measured as a whole
+                    continue
                 values, side = here[b]
                 if b in more:
                     values, side = torch.cat([values, more[b][0]]), side + more[b][1]

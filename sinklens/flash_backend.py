@@ -273,9 +273,15 @@ def _switched(model: TransformerBridge, state: Flash | None) -> Iterator[Flash |
         yield state
     finally:
         host.states.pop()
-        host.apply(host.states[-1] if host.states else None)
-        if not host.states:
-            del _hosts[model]
+        outer = host.states[-1] if host.states else None
+        try:
+            host.apply(outer)
+        except BaseException:  # Ctrl-C in the middle of it
+            host.apply(outer)
+            raise
+        finally:
+            if not host.states:
+                del _hosts[model]
 
 
 def _delegated(attention: Any, state: Flash, layer: int, *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, value_bias
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class AttentionStatistics(ShownInJupyter):
     """What heads do with some sinks, query by query; positions count from each sequence's first unpadded token.

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.arguments import public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.places import Places
@@ -15,6 +16,7 @@ from sinklens.places import Places
 Build = Callable[[TransformerBridge | None, Places | None], "Hooks"]
 
 
+@public_methods
 class Hooks(ShownInJupyter, list[Any], table="_points"):
     """A list ``[(name, function), ...]`` as TransformerLens takes it, so it composes with any other list.
 

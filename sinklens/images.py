@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.tokens import Tokens, reads_images
@@ -35,6 +35,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Picture: TypeAlias = "str | os.PathLike[str] | Image | np.ndarray"
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Images(Tokens):
     """A batch of pictures of one size; a :class:`Tokens` wherever attention is measured.
@@ -84,6 +85,10 @@ class Images(Tokens):
 
     def patches(self, values: Float[Tensor, "*rest pos"]) -> Float[Tensor, "*rest row column"]:
         """Values per token as maps over the patches; those of [CLS] and registers are dropped."""
+        if values.ndim == 0 or values.shape[-1] != self.ids.shape[1]:
+            raise BadInputError(
+                f"patches needs values of {self.ids.shape[1]} tokens, got the shape {list(values.shape)}"
+            )
         return values[..., self.prefix :].unflatten(-1, self.grid)
 
     def pad(self, side: str, columns: int, pad_id: int = 0) -> Images:  # noqa: ARG002

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.arguments import public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 
 FEWEST_LAYERS_FOR_KINDS = 6
 
 
+@public_methods
 @dataclass(frozen=True)
 class Thresholds(ShownInJupyter, table="_fields"):
     """Every threshold of detection, by name.

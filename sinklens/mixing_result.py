@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sinklens.arguments import public_methods
 from sinklens.errors import BadInputError
 from sinklens.jacobians import squares_interval
 from sinklens.jupyter import ShownInJupyter
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 INDICES = ("mix", "via_sink", "spread")
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Mixing(ShownInJupyter, table="_last_layer"):
     """What :func:`sinklens.measure_mixing` found.
@@ -78,6 +80,8 @@ class Mixing(ShownInJupyter, table="_last_layer"):
         freedom (definitions.md, section 6). The same probes serve all layers and rows, so errors are shared.
         """
         found = self.maps[self._known(sequence)]
+        if not 0 < confidence < 1:
+            raise BadInputError(f"confidence must be between 0 and 1, got {confidence}")
         if not self.errors:
             return found, found
         low, high = squares_interval(
@@ -184,6 +188,7 @@ class Mixing(ShownInJupyter, table="_last_layer"):
         return MixingComparison.load(path, kind="Mixing").conditions[""]
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class MixingComparison(ShownInJupyter, table="_last_layer"):
     """What :func:`sinklens.compare_mixing` found: a :class:`Mixing` per condition, with the same probes, tokens, S.

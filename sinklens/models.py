@@ -29,7 +29,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from sinklens.arguments import public
 from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
-from sinklens.offload import input_device, offloaded
+from sinklens.offload import check_device, input_device, offloaded
 from sinklens.plain import PlainModel
 from sinklens.plain_proof import prove_plain
 from sinklens.proof import capabilities, check_finite_weights
@@ -102,7 +102,7 @@ def load_model(
         raise BadInputError("tokenizer= goes with a transformers model object; a named model brings its own")
     else:
         chosen, dispatch = _dtype(dtype), _dispatch(device, device_map, max_memory, offload_folder)
-        _check_device(device)
+        check_device(device)
         folder = _locate(os.fspath(name))
         model = _load_named(os.fspath(name), folder, device=device, dtype=chosen, dispatch=dispatch)
     module = model.original_model if isinstance(model, PlainModel) else model
@@ -189,16 +189,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise BadInputError(f"dtype must be one of {names} (a torch dtype or its name), got {dtype!r}")
     return found
-
-
-def _check_device(device: Any) -> None:
-    """Refuse what is no device, a device that is not there, and the one that holds no numbers."""
-    try:
-        found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise BadInputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if found.type == "meta":
-        raise BadInputError("device 'meta' holds no weights; give one that computes, such as 'cpu'")
 
 
 def _dispatch(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -> dict[str, Any]:

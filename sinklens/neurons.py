@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import block_output, mlp_of, original
 from sinklens.components import Component, Contributions, component_name
 from sinklens.console import progress_bar
@@ -43,6 +43,7 @@ TOLERANCE = 1e-3
 _TABLES = ("neurons", "writers", "ablations", "feeds")
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Neurons(ShownInJupyter):
     """What :func:`writer_neurons` found.

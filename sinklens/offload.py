@@ -14,7 +14,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 
-from sinklens.errors import UnsupportedModelError
+from sinklens.errors import BadInputError, UnsupportedModelError
 
 
 @contextlib.contextmanager
@@ -42,6 +42,20 @@ def real_weights(*modules: nn.Module, deep: bool = True) -> Iterator[None]:
                     f"model with sinklens.load_model(..., device_map=...)"
                 )
         yield
+
+
+def check_device(device: Any) -> None:
+    """Refuse what is no device, a device that is not there, and the one that holds no numbers.
+
+    Raises:
+        BadInputError: any of them.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise BadInputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise BadInputError("device 'meta' holds no numbers; give one that computes, such as 'cpu'")
 
 
 def offloaded(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from sinklens.arguments import public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.results import load_tensors, save_tensors
@@ -33,6 +34,7 @@ class Run:
     control: str
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Experiment(ShownInJupyter):
     """What interventions and controls changed.

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import (
     block_input,
     block_output,
@@ -59,6 +59,7 @@ POINTS = ("attn.hook_in", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "at
 NORM_POINTS = tuple(f"{norm}.hook_{end}" for norm in ("ln1_post", "ln2", "ln2_post") for end in ("in", "out"))
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class PathSums(ShownInJupyter):
     """Bound and measured spectral norm of chosen Jacobian blocks.

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -53,6 +53,7 @@ TOLERANCE = 1e-4
 Swap = tuple[int, int, int, int]
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Perturbation(ShownInJupyter, table="_last_layer"):
     """What :func:`perturbation_spread` found.
@@ -87,6 +88,8 @@ class Perturbation(ShownInJupyter, table="_last_layer"):
         """The mean of ``absolute`` or ``relative`` over the tokens after the exchanged one (encoders: all others) that
         are no sink.
         """
+        if changes.shape != self.absolute.shape:
+            raise BadInputError(f"changes must be {list(self.absolute.shape)}, got {list(changes.shape)}")
         counted = torch.zeros(len(self.swaps), 1, changes.shape[-1], dtype=torch.bool)
         for n, (b, p, _, _) in enumerate(self.swaps):
             counted[n, 0, _others(p, int(self.tokens.lengths[b]), self.sinks[b], self.info["causal"])] = True

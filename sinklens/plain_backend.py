@@ -221,9 +221,11 @@ def watching(layers: tuple[nn.Module, ...], visit: Callable[[int, Tensor], None]
     def after(_: nn.Module, __: Any, out: Any) -> None:
         visit(len(layers), (out if isinstance(out, Tensor) else out[0]).detach())
 
-    handles = [block.register_forward_pre_hook(before(i), with_kwargs=True) for i, block in enumerate(layers)]
-    handles.append(layers[-1].register_forward_hook(after))
+    handles = []
     try:
+        for i, block in enumerate(layers):
+            handles.append(block.register_forward_pre_hook(before(i), with_kwargs=True))
+        handles.append(layers[-1].register_forward_hook(after))
         yield
     finally:
         for handle in handles:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.images import Images, as_images
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 AT_ONCE = 4  # pictures in one forward
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Registers(ShownInJupyter):
     """Norms of every token after every block, and the rules that they are judged by.

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import attention_hook
 from sinklens.console import Advance, progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 PATTERN_BYTES = 256 * 2**20  # what one layer's patterns may take per batch
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class SinkScores(ShownInJupyter, table="position_table"):
     """Attention per position, layer and head.
@@ -216,6 +217,8 @@ class SinkScores(ShownInJupyter, table="position_table"):
     @classmethod
     def concatenate(cls, parts: Sequence[SinkScores]) -> SinkScores:
         """Scores of several batches, measured apart, as one: nothing is lost."""
+        if not parts:
+            raise BadInputError("there is nothing to concatenate")
         longest = max(part.alpha.shape[-1] for part in parts)
 
         def join(name: str) -> Tensor:

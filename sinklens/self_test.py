@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.images import Images, load_images
@@ -125,6 +125,7 @@ class Checked:
         return max(self.errors.values(), key=lambda x: math.inf if x != x else x, default=math.nan)
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class SelfTest(ShownInJupyter):
     """What :func:`check_model` found.

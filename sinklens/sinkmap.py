@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.arguments import public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.lives import Life, Thresholds, activity, kind_of, lives, main_life, strongest
@@ -69,6 +70,7 @@ class Sink(ShownInJupyter, table="_fields"):
         return self.onset - 1
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class SinkMap(ShownInJupyter):
     """The sinks of a batch of sequences; iterate over it for :class:`Sink` objects.
@@ -217,6 +219,8 @@ class SinkMap(ShownInJupyter):
             raise BadInputError(f"sweep needs sinks found by method='attention', not {self.method!r}")
         if name not in asdict(self.thresholds):
             raise BadInputError(f"no threshold {name!r}; there are {', '.join(asdict(self.thresholds))}")
+        if not values:
+            raise BadInputError("sweep needs at least one value")
         rows = []
         for value in values:
             thresholds = replace(self.thresholds, **{name: value})

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import logit_factor, original, text_config
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ROWS = 64  # positions whose logits exist at once
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class StreamingLoss(ShownInJupyter):
     """The loss of every prediction under one rolling cache.

@@ -12,6 +12,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from sinklens.arguments import public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.results import load_tensors, save_tensors
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Key = int | float | tuple[int, int]
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Sweep(ShownInJupyter):
     """What :func:`sinklens.sweep_ablation` found.

@@ -20,10 +20,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.jupyter import ShownInJupyter
+from sinklens.offload import check_device
 from sinklens.plain import PlainModel
 from sinklens.proof import record
 from sinklens.results import load_tensors, save_tensors
@@ -32,6 +33,7 @@ from sinklens.vocabulary import Vocabulary, vocabulary
 DEFAULT_LENGTH = 512
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Tokens(ShownInJupyter, table="_listing"):
     """A batch of token sequences.
@@ -74,6 +76,8 @@ class Tokens(ShownInJupyter, table="_listing"):
             BadInputError: no sequence, one out of range, or booleans instead of numbers.
         """
         everything = range(len(self))
+        if isinstance(index, slice) and index.step == 0:
+            raise BadInputError("the step of a slice cannot be 0")
         chosen = everything[index] if isinstance(index, slice) else [index] if isinstance(index, int) else index
         rows = [row for row in chosen if type(row) is int and -len(self) <= row < len(self)]
         if not rows or len(rows) != len(chosen):
@@ -106,10 +110,12 @@ class Tokens(ShownInJupyter, table="_listing"):
 
     def row(self, sequence: int) -> Int[Tensor, " pos"]:
         """The unpadded ids of one sequence."""
-        return self.ids[sequence][self.mask[sequence]]
+        one = self[sequence]
+        return one.ids[0][one.mask[0]]
 
     def to(self, device: torch.device | str) -> Tokens:
         """The same batch on another device."""
+        check_device(device)
         return replace(self, ids=self.ids.to(device), mask=self.mask.to(device), special=self.special.to(device))
 
     def trim(self) -> Tokens:
@@ -134,6 +140,8 @@ class Tokens(ShownInJupyter, table="_listing"):
     @classmethod
     def concatenate(cls, parts: Sequence[Tokens]) -> Tokens:
         """Several batches as one, right-padded; documents of different batches stay different."""
+        if not parts:
+            raise BadInputError("there is nothing to concatenate")
         longest = max(int(part.lengths.max()) for part in parts)
         aligned = [part.aligned(longest) for part in parts]
         documents: list[int] = []
@@ -152,6 +160,8 @@ class Tokens(ShownInJupyter, table="_listing"):
 
     def aligned(self, columns: int) -> Tokens:
         """The same batch with every sequence starting in column 0, padded on the right to ``columns``."""
+        if columns < int(self.lengths.max()):
+            raise BadInputError(f"{columns} columns cannot hold the longest sequence, {int(self.lengths.max())} tokens")
         index = (self.starts[:, None] + torch.arange(columns, device=self.ids.device)) % self.ids.shape[1]
         mask = torch.arange(columns, device=self.ids.device) < self.lengths[:, None]
         return replace(self, ids=self.ids.gather(1, index), mask=mask, special=self.special.gather(1, index) | ~mask)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.arguments import public_methods
 from sinklens.components import Component, component_name
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
@@ -102,6 +103,7 @@ class Traced:
         return [c for c in inside if self.share(c) <= -ERASER]
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class SinkTrace(ShownInJupyter, table="writers"):
     """What :func:`sinklens.trace_sinks` found.

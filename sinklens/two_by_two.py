@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.arguments import public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.statistics import interval
@@ -42,6 +43,7 @@ def shapley(cells: Float[Tensor, "3 *any"]) -> dict[str, Float[Tensor, "*any"]]:
     }
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class TwoByTwo(ShownInJupyter):
     """The 2x2 of every key: all heads at once, every layer, or every (layer, head).
@@ -72,7 +74,10 @@ class TwoByTwo(ShownInJupyter):
         """One of ``mass_part``, ``value_part``, ``interaction``, ``total``, per sequence."""
         if metric not in self.values:
             raise BadInputError(f"no metric {metric!r}; there are {', '.join(self.values)}")
-        return shapley(self.values[metric].double())[name]
+        parts = shapley(self.values[metric].double())
+        if name not in parts:
+            raise BadInputError(f"no part {name!r}; there are {', '.join(parts)}")
+        return parts[name]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per metric and key: the parts with 95 % intervals over documents (16 or more, else NaN).

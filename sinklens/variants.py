@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.metrics import token_loss
@@ -29,6 +29,7 @@ VARIANTS = ("keep", "removed", "replaced", "doubled", "middle")
 SHORTEST = 4
 
 
+@public_methods
 class BosVariants(ShownInJupyter, dict[str, Tokens], table="_listing"):
     """Variants of a batch by name, with the tokens that all of them predict.
 

@@ -10,10 +10,13 @@ from typing import Any
 import pandas as pd
 import torch
 
+from sinklens.arguments import public_methods
+from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.statistics import interval
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Verdict(ShownInJupyter):
     """One claim, tested.
@@ -48,8 +51,15 @@ class Verdict(ShownInJupyter):
         return self.numbers
 
     def number(self, quantity: str) -> dict[str, Any]:
-        """One row of the numbers."""
-        return next(row for row in self.numbers.to_dict("records") if row["quantity"] == quantity)
+        """One row of the numbers.
+
+        Raises:
+            BadInputError: no such quantity.
+        """
+        rows = {row["quantity"]: row for row in self.numbers.to_dict("records")}
+        if quantity not in rows:
+            raise BadInputError(f"no quantity {quantity!r}; there are {', '.join(rows)}")
+        return rows[quantity]
 
 
 def quantity(name: str, values: Sequence[float], documents: Sequence[int]) -> dict[str, Any]:

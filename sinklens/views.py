@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.attention import allowed_keys, attention_hook
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.plots import SCALE, escape_hover, themed
@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 LONGEST_VIEW = 128
 LONGEST_GRID = 64
 KINDS = ("probabilities", "logits")
+_JOINER = "\u2060"  # has no width; behind '<' and '&' it lets no tag and no entity begin
 _LESS_THAN = "\ue000"  # stands for '<' until the page is written: circuitsvis does not escape it inside its script
 
 
+@public_methods
 @dataclass(frozen=True)
 class TokenView:
     """A circuitsvis view that works offline: it shows itself in a notebook, or :meth:`save` it as a page."""
@@ -96,8 +98,9 @@ def attention_view(
 
 
 def _hidden(labels: Sequence[str]) -> list[str]:
-    """Tokens as circuitsvis may write them into its script."""
-    return [_visible_token(label).replace("<", _LESS_THAN) for label in labels]
+    """Tokens as circuitsvis may write them into its script and, as it does with tokens, take them for HTML."""
+    shown = (_visible_token(label).replace("&", f"&{_JOINER}") for label in labels)
+    return [label.replace("<", f"{_LESS_THAN}{_JOINER}") for label in shown]
 
 
 def _offline(drawn: Any) -> TokenView:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.models import native_tokenizer
@@ -152,6 +152,7 @@ def _vocabulary(model: TransformerBridge | PlainModel, size: int) -> Vocabulary:
     )
 
 
+@public_methods
 @dataclass(frozen=True)
 class NamedTokens(ShownInJupyter, table="_fields"):
     """A predicate on ids, for ``ablate_sinks(model, ...)``: true at every token with one of these ids."""

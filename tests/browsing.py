@@ -47,11 +47,13 @@ class Visit:
         page: Playwright's page, to click and to ask.
         requests: every address outside this machine's files that the page, or a page that it holds, asked for.
         complaints: errors and warnings on the console, exceptions, files that were asked for and are not there.
+        dialogs: the words of every alert, question or prompt; each is sent away.
     """
 
     page: Page
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
+    dialogs: list[str] = field(default_factory=list)
 
     def overflow(self) -> int:
         """By how many pixels the page is wider than the window: above 0, readers must scroll sideways."""
@@ -99,7 +101,12 @@ def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
             if message.type in ("error", "warning"):
                 seen.complaints.append(f"{message.type}: {message.text}")
 
+        def opened(dialog: Any) -> None:
+            seen.dialogs.append(dialog.message)
+            dialog.dismiss()
+
         context.on("request", asked)
+        seen.page.on("dialog", opened)
         seen.page.on("console", said)
         seen.page.on("pageerror", lambda error: seen.complaints.append(f"exception: {error}"))
         seen.page.on("requestfailed", lambda request: seen.complaints.append(f"not loaded: {request.url}"))

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import torch
 from hypothesis import strategies as st
 from public_calls import CALLS, WICKED, World, function_of
+from public_methods import METHODS, given_to
 
 import sinklens as sl
 
@@ -105,6 +107,11 @@ def wild(name: str, world: World) -> st.SearchStrategy[Any]:
         return st.one_of(TEXTS, st.lists(TEXTS, max_size=3), PATHS, more, KINDS, tensors())
     if name in ("out", "path", "folder", "name", "runs"):
         return st.one_of(PATHS.map(lambda p: p if p in ("", "/dev/null/x", "a\x00b") else str(world.folder / p)), KINDS)
+    if name in ("ids", "changes", "index", "values"):
+        slices = st.builds(slice, NUMBERS | st.none(), NUMBERS | st.none(), NUMBERS | st.none())
+        return st.one_of(tensors(), slices, st.lists(FLOATS, max_size=3), st.lists(NUMBERS, max_size=3), NUMBERS, KINDS)
+    if name in ("parts",):
+        return st.one_of(st.lists(st.sampled_from([world.scores, world.tokens, world.images, world.short])), KINDS)
     if name in ("trace", "scores", "found", "experiment", "registers", "anatomy", "images", "planted", "neurons",
                 "config"):  # fmt: skip
         return st.one_of(st.sampled_from([world.scores, world.sinks, world.trace, world.tokens, world.seen]), KINDS)
@@ -120,6 +127,15 @@ def cases(draw: st.DrawFn, world: World, name: str) -> dict[str, Any]:
     for parameter in draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True)) if known else []:
         value = draw(wild(parameter.name, world))
         given[parameter.name] = (value,) if parameter.kind is parameter.VAR_POSITIONAL else value
+    return given
+
+
+@st.composite
+def method_cases(draw: st.DrawFn, world: World, name: str) -> dict[str, Any]:
+    """The arguments of one call of a method: the working ones with up to three wild ones."""
+    given, known = given_to(name, world), [p for p in METHODS[name] if p.kind is not p.VAR_KEYWORD]
+    for parameter in draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True)) if known else []:
+        given[parameter.name] = draw(wild(parameter.name, world))
     return given
 
 
@@ -161,3 +177,29 @@ def oracle(name: str, given: dict[str, Any], found: Any) -> None:
         assert len(found)
     if isinstance(found, dict) and name.rpartition(".")[2].startswith("write_"):
         assert all(Path(p).stat().st_size for p in found.values())
+
+
+def method_oracle(name: str, given: dict[str, Any], found: Any) -> None:
+    """What must hold of whatever a method returns."""
+    method = name.rpartition(".")[2]
+    if isinstance(found, sl.Tokens):
+        assert found.ids.shape == found.mask.shape == found.special.shape
+        assert [len(row) for row in found.labels] == found.lengths.tolist()
+        assert len(found) == len(found.sources) == len(found.documents) > 0
+    if method == "sink_rate":
+        assert 0 <= found <= 1 or math.isnan(found)
+    if method in ("sink_rate_interval", "interval") and found is not None:
+        assert bool(torch.as_tensor(found[0] <= found[1]).all())
+    if method.endswith("slack"):
+        assert found >= 0
+    if method in ("where", "cut"):
+        assert all(0 <= sink.sequence < len(found.tokens) for sink in found)
+    if method == "save":
+        path = Path(given.get("path", given.get("folder")))
+        assert path.stat().st_size
+    if isinstance(found, go.Figure):
+        assert len(found.data)
+    if name == "NamedTokens.__call__":
+        assert found.shape == given["ids"].shape
+    elif isinstance(found, torch.Tensor):
+        assert found.numel()

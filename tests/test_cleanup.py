@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from counting import count
+from jaxtyping import TypeCheckError
 from public_calls import CALLS, PUBLIC, World, call
 from state import Strike, Struck, changed, model_state, process_state
 
 import sinklens as sl
 from sinklens import streaming
+from sinklens.plain_backend import watching
 from sinklens.torch_globals import own_generator
 
 STRIKES = int(
@@ -26,6 +28,9 @@ STRIKES = int(
 
 class Fault(Exception):
     pass
+
+
+OURS = (sl.SinklensError, TypeCheckError)  # a fault may fall into the type checks of these tests
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def test_a_function_leaves_model_and_process_as_they_were(world: World, name: st
         for at in moments(counted.count if isinstance(counted, Struck) else len(counted), name):
             for error in (Fault, KeyboardInterrupt):
                 stopped = watcher(at, error)
-                with pytest.raises((error, sl.SinklensError)) if error is Fault else pytest.raises(error):
+                with pytest.raises((error, *OURS)) if error is Fault else pytest.raises(error):
                     stopped.around(run)
                 count("interruptions survived", 1)
                 where = list(stopped)[-3:] if isinstance(stopped, Strike) else f"forward {at}"
@@ -111,6 +116,31 @@ def test_a_function_waits_while_another_thread_holds_a_context_of_its_model(worl
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.5)
         assert torch.equal(waiting.result(timeout=60).nan_to_num(), clean.nan_to_num())
+
+
+@pytest.mark.parametrize("what", ["flash", "plain flash", "streaming", "watching"])
+def test_a_context_may_be_stopped_at_any_call_of_its_beginning_and_end(world: World, what: str) -> None:
+    def run() -> None:
+        context: Any = {
+            "flash": lambda: sl.flash(world.model),
+            "plain flash": lambda: sl.flash(world.vision),
+            "streaming": lambda: streaming.streaming_attention(world.model, sinks=1, recent=4),
+            "watching": lambda: watching(world.vision.layers, lambda *_: None),
+        }[what]()
+        with context:
+            pass
+
+    assert everything(world)  # makes both models, which draws weights
+    run()  # proven at the first time
+    before, counted = everything(world), Strike()
+    counted.around(run)
+    assert counted
+    for at in range(len(counted)):
+        for error in (Fault, KeyboardInterrupt):
+            stopped = Strike(at, error)
+            with pytest.raises((error, *OURS) if error is Fault else error):
+                stopped.around(run)
+            assert changed(before, everything(world)) == [], f"{error.__name__} in {stopped[-3:]}"
 
 
 def test_threads_take_turns_at_the_global_generator() -> None:

@@ -347,7 +347,9 @@ def test_a_group_that_was_interrupted_gives_the_same_bits(sunk: Any, tmp_path: P
     assert len(kept) == 18
     for b in (3, 4, 17):
         (tmp_path / f"sequence-{b:05d}.safetensors").unlink()
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sequence-*")}
     again = go(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("sequence-*")} == kept
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "written again"
     assert again.side == whole.side
     assert torch.equal(again.metrics["kl"].nan_to_num(), whole.metrics["kl"].nan_to_num())

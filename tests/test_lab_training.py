@@ -324,7 +324,9 @@ def test_a_wrong_study_is_refused_with_the_field(content: dict[str, Any], word: 
 def test_unreadable_studies_and_empty_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1,")
     (tmp_path / "list.yaml").write_text("[1, 2]")
-    for name, word in (("broken.yaml", "no YAML"), ("list.yaml", "must hold fields"), ("absent.yaml", "no study at")):
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
+    for name, word in (("broken.yaml", "no YAML"), ("list.yaml", "must hold fields"), ("absent.yaml", "no study at"),
+                       ("x" * 5000, "cannot read a study"), ("bytes.yaml", "cannot read a study")):  # fmt: skip
         with pytest.raises(sl.BadInputError, match=word):
             read_study(tmp_path / name)
     with pytest.raises(sl.BadInputError, match="no finished run"):

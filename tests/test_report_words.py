@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 import torch
+from kaleido.errors import KaleidoError
 from reporting import SMALL, planted, texts
 
 import sinklens as sl
 from sinklens.outcome import Run
+from sinklens.report import export as exporting
 from sinklens.report import story
+from sinklens.report.content import Plot
 from sinklens.report.stages import Material
 from sinklens.report.wording import against, between, change, listed, number, sample_only, side, times
 
@@ -112,3 +118,15 @@ def test_the_story_of_few_documents_claims_nothing() -> None:
     told = story.breaks(effect(model, texts(model, 3), 0.5, 0.1))
     assert "in this sample (no interval)" in told[0]
     assert "rises" not in told[0]
+
+
+def test_a_figure_that_kaleido_cannot_draw_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise KaleidoError(525, "plotly.js error")
+
+    monkeypatch.setattr(exporting, "_draw", fails)
+    monkeypatch.setattr(exporting, "can_draw", lambda: True)
+    monkeypatch.setattr(exporting, "_one_browser", lambda wanted: contextlib.nullcontext())
+    files, why = exporting.export([Plot("one", go.Figure(), "", "")], tmp_path, tmp_path / "figures.json")
+    assert files == []
+    assert "plotly.js error" in why

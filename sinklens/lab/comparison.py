@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.run import LabRun, by_variant, load_runs
@@ -33,6 +33,7 @@ OPERATIONS = {
 }
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class LabComparison(ShownInJupyter):
     """Finished runs of several variants, on the same sequences.

@@ -112,11 +112,14 @@ def config_of(content: dict[str, Any]) -> LabConfig:
 
 def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(source)
-    if not path.is_file() and str(source) in studies():
+    try:
+        there = path.is_file()
+        text = path.read_text(encoding="utf-8") if there else ""
+    except (OSError, ValueError) as error:  # what can be no name of a file, or is no text
+        raise BadInputError(f"cannot read a study from {str(source)!r}: {error}") from error
+    if not there and str(source) in studies():
         text = (files("sinklens.lab") / "studies" / f"{source}.yaml").read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
+    elif not there:
         raise BadInputError(f"no study at {str(source)!r}; give a YAML file, or one of {', '.join(studies())}")
     try:
         content = yaml.safe_load(text)

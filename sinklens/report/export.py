@@ -48,7 +48,7 @@ def export(plots: list[Plot], folder: Path, memory: Path) -> tuple[list[str], st
                 write_text(memory, json.dumps(known))
     except BadInputError:  # the folder cannot be written, which is no matter of kaleido's
         raise
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, *_kaleido_errors()) as error:
         return [], f"{HOW} What kaleido said: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
     for name in set(known) - set(hashes):  # drawn for another report in this folder
         for ending in ENDINGS:
@@ -64,6 +64,13 @@ def can_draw() -> bool:
     from choreographer.browsers import Chromium
 
     return bool(os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False))
+
+
+def _kaleido_errors() -> tuple[type[Exception], ...]:
+    """What kaleido raises where a browser cannot draw a figure; it is no RuntimeError."""
+    from kaleido.errors import KaleidoError
+
+    return (KaleidoError,)
 
 
 @contextlib.contextmanager

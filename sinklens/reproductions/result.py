@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from sinklens.arguments import public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.reproductions.claims import DIFFERS, NOT_COMPARABLE, REPRODUCED, Entry
@@ -21,6 +22,7 @@ from sinklens.results import FORMAT, write_text
 KIND = "Reproductions"
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class Reproductions(ShownInJupyter):
     """What :func:`sinklens.reproduce` found.

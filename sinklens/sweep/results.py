@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sinklens.arguments import public
+from sinklens.arguments import public, public_methods
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.results import atomic_path
@@ -27,6 +27,7 @@ LABELS = ("model", "text", "intervention", "task", "seed")
 _PLACES = ("sequence", "document", "source", "position", "token_id", "layer", "head", "edited", "control")
 
 
+@public_methods
 @dataclass(frozen=True, eq=False)
 class SweepResults(ShownInJupyter):
     """The rows of finished jobs.
