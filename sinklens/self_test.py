@@ -40,6 +40,7 @@ from sinklens.results import atomic_path
 from sinklens.selftest import attention_checks as reading
 from sinklens.selftest import cause_checks as causes
 from sinklens.selftest import edit_checks as edits
+from sinklens.selftest import head_checks as heads
 from sinklens.selftest import mixing_checks as mixing
 from sinklens.selftest import plain_checks as plain
 from sinklens.selftest.subject import LENGTH, Parts, Subject
@@ -59,6 +60,8 @@ CHECKS: dict[str, Callable[[Subject, Parts], None]] = {
     "attention_statistics": reading.check_statistics,
     "attention_map": reading.check_map,
     "attention_grid": reading.check_grid,
+    "attention_view": heads.check_view,
+    "head_activity": heads.check_activity,
     "sink_anatomy": reading.check_anatomy,
     "flash": reading.check_flash,
     "register_tokens": plain.check_no_registers,
@@ -79,6 +82,7 @@ CHECKS: dict[str, Callable[[Subject, Parts], None]] = {
     "writer_subspace": causes.check_subspace,
     "measure_mixing": mixing.check_mixing,
     "compare_mixing": mixing.check_compare,
+    "mixing_conditions": heads.check_conditions,
     "mixing_by_length": mixing.check_lengths,
     "jacobian_norms": mixing.check_norms,
     "path_sums": mixing.check_paths,

@@ -18,11 +18,15 @@ import numpy as np
 import pandas as pd
 import torch
 from architectures import build_pair, random_rows
+from test_lab_training import SHORT
 from test_trace import planted_writers, texts
 
 import sinklens as sl
 from sinklens.contexts import shuffle
 from sinklens.damage import damage
+from sinklens.lab import train
+from sinklens.selftest.cause_checks import MANY, made
+from sinklens.selftest.subject import LENGTH, Subject
 from sinklens.streaming import eviction_study
 from sinklens.tokens import as_tokens
 
@@ -60,6 +64,11 @@ def _feed(found: Any, value: Any) -> None:
         found.update(repr(value).encode())
 
 
+def trained(run: Any) -> Any:
+    """The weights and the measured figures of a trained lab model."""
+    return run.model.state_dict(), run.rows
+
+
 def runs() -> dict[str, Callable[[], Any]]:
     """Every public function that draws, on tiny models."""
     model = build_pair("llama")[1]
@@ -71,6 +80,10 @@ def runs() -> dict[str, Callable[[], Any]]:
     trace = sl.trace_sinks(traced, sequences, replacements=("same_id",), progress=False)
     scores = sl.sink_scores(traced, sequences, progress=False)
     sinks = sl.find_sinks(traced, sequences)
+    many = [(b, p) for b in range(2) for p in MANY]
+    rows = torch.stack(random_rows((LENGTH,) * 2))
+    rows[:, 2:50] = rows[0, 2]  # the subspace needs tokens of a sink's id beside the sinks
+    crowded = made(Subject(model, as_tokens(model, rows), ids), as_tokens(model, rows), many, 1)
     quiet: dict[str, Any] = {"progress": False, "seed": 3}
     return {
         "load_tokens random": lambda: sl.load_tokens(model, "random", n_seqs=3, seq_len=20, seed=3).ids,
@@ -96,6 +109,9 @@ def runs() -> dict[str, Callable[[], Any]]:
         "plant_sinks": lambda: sl.plant_sinks(traced, trace, n_positions=1, n_random=1, **quiet),
         "writer_neurons": lambda: sl.writer_neurons(traced, trace, top=(1,), n_random=1, **quiet).to_dataframe(),
         "reading_heads": lambda: sl.reading_heads(scores, sinks, kind="primary", permutations=20, seed=3),
+        "compare_contexts": lambda: sl.compare_contexts(model, "random", lengths=(50,), n_seqs=2, **quiet),
+        "writer_subspace": lambda: sl.writer_subspace(model, crowded, sizes=(1,), n_random=2, **quiet),
+        "lab.train": lambda: trained(train(SHORT, **quiet)),
         "reproduce": lambda: list(sl.reproduce("gu-sink-rates", model=model, source="random", n_seqs=16, **quiet).rows),
         "check_model": lambda: [row.error for row in sl.check_model(model, functions=["sink_scores"]).rows],
     }
@@ -126,7 +142,7 @@ def test_the_same_seed_gives_the_same_bits_in_another_process() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     elsewhere = json.loads(done.stdout.splitlines()[-1])
     here = fingerprints(scrambled=12345)
-    assert len(here) >= 18
+    assert len(here) >= 22
     assert {name for name in here if here[name] != elsewhere[name]} == set()
 
 
