@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
     from sinklens.path_sum import PathSums, path_sums
-    from sinklens.perturbation import Perturbation, perturbation_spread
+    from sinklens.perturbation import perturbation_spread
+    from sinklens.perturbation_result import Perturbation
     from sinklens.pictures import sample_images
     from sinklens.plain import PlainCapabilities, PlainModel
     from sinklens.planting import plant_sinks
@@ -98,7 +99,7 @@ _HOMES = {
     "NamedTokens": "vocabulary",
     "Neurons": "neurons",
     "PathSums": "path_sum",
-    "Perturbation": "perturbation",
+    "Perturbation": "perturbation_result",
     "PlainCapabilities": "plain",
     "PlainModel": "plain",
     "Registers": "registers",

@@ -12,7 +12,8 @@ from sinklens.errors import BadInputError
 if TYPE_CHECKING:
     from sinklens.neurons import Neurons
     from sinklens.scores import SinkScores
-    from sinklens.trace_result import SinkTrace, Traced
+    from sinklens.trace_result import SinkTrace
+    from sinklens.traced import Traced
 
 
 def circuit(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sinklens.collapse import Collapse
     from sinklens.path_sum import PathSums
-    from sinklens.perturbation import Perturbation
+    from sinklens.perturbation_result import Perturbation
 
 CAPTIONS = {
     "indices": "One line per condition, the same probes and the same S in all. Left: how much of what a token's "

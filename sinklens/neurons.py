@@ -31,8 +31,9 @@ from sinklens.proof import capabilities, has_hook
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat, stream_hooks
-from sinklens.trace_result import WRITER, SinkTrace, Traced
+from sinklens.trace_result import SinkTrace
 from sinklens.trace_rows import Row, run_rows
+from sinklens.traced import WRITER, Traced
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -6,7 +6,8 @@ import zipfile
 from pathlib import Path
 
 from sinklens.arguments import public
-from sinklens.embedded import Wheel, build_folder, cache_dir, fetch_wheel, is_complete, wheel_path
+from sinklens.cache import build_folder, cache_dir, is_complete
+from sinklens.embedded import Wheel, fetch_wheel, wheel_path
 
 NAMES = ("astronaut", "chelsea", "coffee")
 _WHEEL = Wheel(

@@ -14,8 +14,9 @@ from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.proof import capabilities
 from sinklens.stream_parts import stream_parts
-from sinklens.trace_result import WRITER, SinkTrace
+from sinklens.trace_result import SinkTrace
 from sinklens.trace_rows import Row, check_writing, run_rows
+from sinklens.traced import WRITER
 
 PLANTED = ("writer", "random", "flipped")
 

@@ -19,7 +19,8 @@ from sinklens.components import component_name
 from sinklens.errors import BadInputError
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.statistics import rank_correlation
-from sinklens.trace_result import SinkTrace, Traced
+from sinklens.trace_result import SinkTrace
+from sinklens.traced import Traced
 from sinklens.verdicts import Verdict, above, every, quantity
 
 ALIGNED = 0.5  # smallest mean cosine that is called aligned

@@ -26,8 +26,9 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat
-from sinklens.trace_result import SinkTrace, Traced
+from sinklens.trace_result import SinkTrace
 from sinklens.trace_rows import writing_hook
+from sinklens.traced import Traced
 from sinklens.verdicts import Verdict, above, every, quantity
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)

@@ -33,7 +33,8 @@ from sinklens.sinks import find_sinks
 from sinklens.stream_parts import StreamParts, stream_parts
 from sinklens.tokens import Tokens, as_tokens, load_tokens
 from sinklens.trace_causes import Causes
-from sinklens.trace_result import Phase, SinkTrace, Traced
+from sinklens.trace_result import SinkTrace
+from sinklens.traced import Phase, Traced
 from sinklens.vocabulary import vocabulary
 
 SAME_ID = 16  # tokens of one id per sequence that are kept for comparison

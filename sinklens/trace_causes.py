@@ -14,8 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.components import Component
 from sinklens.lives import activity
 from sinklens.refusals import refuse_unless_softmax
-from sinklens.trace_result import WRITER, Traced
 from sinklens.trace_rows import Row, check_writing, run_rows
+from sinklens.traced import WRITER, Traced
 
 if TYPE_CHECKING:
     from sinklens.trace import Looked

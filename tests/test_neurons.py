@@ -17,7 +17,7 @@ import sinklens as sl
 from sinklens.components import Component
 from sinklens.neurons import Neurons
 from sinklens.tokens import as_tokens
-from sinklens.trace_result import Phase, Traced
+from sinklens.traced import Phase, Traced
 
 LENGTH, AT, WIDTH = 60, 5, 32
 ALIKE = list(range(12, 52, 2))  # 20 tokens of the sink's id, more than are compared

@@ -14,7 +14,7 @@ from test_secondary_verdicts import sink, trace_of, traced
 import sinklens as sl
 from sinklens.circuit import layout
 from sinklens.neurons import Neurons
-from sinklens.trace_result import Phase
+from sinklens.traced import Phase
 
 LAYERS, HEADS = 5, 4
 A, B, OTHER = 7, 8, 9

@@ -16,7 +16,7 @@ from sinklens.components import Component
 from sinklens.secondary_claims import dose_table
 from sinklens.sinkmap import Sink
 from sinklens.statistics import interval
-from sinklens.trace_result import Phase, Traced
+from sinklens.traced import Phase, Traced
 from sinklens.verdicts import above, every, quantity
 
 LAYERS, DOCUMENTS = 12, 20

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import sinklens as sl
 from sinklens.statistics import interval
 from sinklens.subspace import _halves, _Inputs, _judged, _Mlp, _mlp_shares
-from sinklens.trace_result import Traced
+from sinklens.traced import Traced
 
 DOCUMENTS = 34
 SIZES = (1, 2, 8)

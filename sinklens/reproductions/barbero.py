@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sinklens.errors import BadInputError
-from sinklens.perturbation import Perturbation, perturbation_spread
+from sinklens.perturbation import perturbation_spread
+from sinklens.perturbation_result import Perturbation
 from sinklens.reproductions.claims import (
     Above,
     Below,

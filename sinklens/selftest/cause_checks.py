@@ -24,8 +24,9 @@ from sinklens.subspace import writer_subspace
 from sinklens.tokens import Tokens, as_tokens
 from sinklens.trace import Looked, trace_sinks
 from sinklens.trace_causes import Causes
-from sinklens.trace_result import Phase, SinkTrace, Traced
+from sinklens.trace_result import SinkTrace
 from sinklens.trace_rows import writing_hook
+from sinklens.traced import Phase, Traced
 
 MANY = tuple(range(2, 30, 3))  # sinks per sequence for the input subspace
 
