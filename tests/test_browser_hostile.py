@@ -41,7 +41,9 @@ def harmless(visit: Callable[..., Visit]) -> Callable[[Path], Visit]:
         for figure in seen.page.locator(".js-plotly-plot").all():
             figure.scroll_into_view_if_needed()
             box = figure.bounding_box()
-            for step in range(1, PLOT_POINTS + 1) if box else ():
+            if box is None:
+                continue
+            for step in range(1, PLOT_POINTS + 1):
                 x, y = box["x"] + box["width"] * step / (PLOT_POINTS + 1), box["y"] + box["height"] / 2
                 seen.page.mouse.move(x, y)
         seen.page.wait_for_timeout(200)
