@@ -150,7 +150,8 @@ class Stream:
         self, layer: int, row: int, covectors: Float[Tensor, "covector d_model"]
     ) -> Float[Tensor, "covector pos d_model"]:
         """``w^T J`` of every covector at one block's output and row, for all j, by reverse mode."""
-        return next(self.pulled_rows([(layer, row, covectors)]))
+        [found] = self.pulled_rows([(layer, row, covectors)])  # to its end: a fault while Python closes it is lost
+        return found
 
     def pulled_rows(
         self, wanted: Sequence[tuple[int, int, Float[Tensor, "covector d_model"]]]
@@ -325,7 +326,8 @@ def spectral_norm(
     for _ in range(steps):
         tangent = torch.zeros(1, *stream.start.shape).to(stream.start)
         tangent[0, column] = v[0]
-        w = next(stream.pushed(tangent))[0, layer - stream.layer, row]
+        [part] = stream.pushed(tangent)
+        w = part[0, layer - stream.layer, row]
         norm = float(w.norm())
         if norm == 0.0:
             return 0.0

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.image_processing_base import ImageProcessingMixin
 
 from sinklens.arguments import public
+from sinklens.corpora import shortened
 from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.offload import check_device, input_device, offloaded
@@ -154,8 +155,12 @@ def _locate(name: str) -> str:
     """The folder or hub id that transformers should read."""
     if name in CATALOGUE:
         return str(fetch(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # what can be no name of a file, or a home of nobody
+        raise BadInputError(f"no model can be called {shortened(name)} ({type(error).__name__})") from error
+    if is_folder:
         if not (path / "config.json").is_file():
             raise BadInputError(
                 f"the folder {name!r} holds no config.json; give a model folder as save_pretrained writes"

@@ -87,3 +87,9 @@ def test_wild_arguments_give_a_result_or_a_sinklens_error(world: World, name: st
         fuzzing.oracle(name, arguments, found)
 
     run()
+
+
+@pytest.mark.parametrize("bad", ["a" * 300, "a/" * 3000, "x\0y", "~nobodyhere/x", "\ud800"], ids=ascii)
+def test_no_name_of_a_model_is_too_wild_for_a_clear_error(bad: str) -> None:
+    with pytest.raises(sl.BadInputError, match=r"no model can be called|cannot load"):
+        sl.load_model(bad)
