@@ -18,6 +18,11 @@ WORDS = {
     "kl": "KL(base || edited) (nats per token)",
     "top1": "agreement of the likeliest token with base",
 }
+TITLES = {
+    "loss": "What breaks, beside controls",
+    "kl": "How far the predictions move, beside controls",
+    "top1": "How often the likeliest token stays, beside controls",
+}
 GREY = "#7b8794"
 
 
@@ -73,9 +78,8 @@ def forest(experiment: Experiment, metric: str | None = None) -> go.Figure:
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"})
     documents = len(set(experiment.tokens.documents))
     bars = "bars: 95 % intervals over documents" if documents >= 16 else "too few documents for intervals"
-    title = (
-        f"What breaks, beside controls<br><sup>{documents} document(s); {bars}; hollow: the same edit elsewhere</sup>"
-    )
+    what = TITLES.get(metric, f"Change of {escape_hover(metric)}, beside controls")
+    title = f"{what}<br><sup>{documents} document(s); {bars}; hollow: the same edit elsewhere</sup>"
     return themed(figure, title, height=max(320, 170 + 24 * len(rows)))
 
 

@@ -21,11 +21,16 @@ if TYPE_CHECKING:
     from sinklens.trace_result import SinkTrace
 
 BLUE = "#0072b2"
+BESIDE: dict[str, dict[str, Any]] = {  # where a label stands by its node, clear of the marker
+    "above": {"xanchor": "center", "yanchor": "bottom", "yshift": 9},
+    "right": {"xanchor": "left", "xshift": 8},
+    "left": {"xanchor": "right", "xshift": -8},
+}
 NODES = {
-    "component": (BLUE, "top center"),
-    "neuron": ("#009e73", "top center"),
-    "token": (ACCENT, "bottom center"),
-    "head": ("#cc79a7", "middle right"),
+    "component": (BLUE, "above"),
+    "neuron": ("#009e73", "above"),
+    "token": (ACCENT, "above"),
+    "head": ("#cc79a7", "right"),
 }
 HEADS = ("feeds", "neurons", "writers, erasers", "token", "read by heads")
 
@@ -230,11 +235,14 @@ def circuit_figure(graph: nx.DiGraph) -> go.Figure:
             )  # fmt: skip
     for kind, (colour, where) in NODES.items():
         nodes = [n for n in graph.nodes if graph.nodes[n]["kind"] == kind]
-        first = kind == "component"
+        for n in nodes:
+            beside = BESIDE["left" if kind == "component" and places[n][0] == columns[0] else where]
+            text = f"{escape_hover(_short(str(n).replace(' neuron ', ' n ')))}{read.get(n, '')}"
+            figure.add_annotation(
+                x=spot[n][0], y=spot[n][1], text=text, showarrow=False, bgcolor="rgba(255,255,255,0.8)", **beside
+            )
         figure.add_scatter(
-            x=[spot[n][0] for n in nodes], y=[spot[n][1] for n in nodes], mode="markers+text", name=kind,
-            text=[f"{escape_hover(_short(str(n).replace(' neuron ', ' n ')))}{read.get(n, '')}" for n in nodes],
-            textposition=["middle left" if first and places[n][0] == 0 else where for n in nodes],
+            x=[spot[n][0] for n in nodes], y=[spot[n][1] for n in nodes], mode="markers", name=kind,
             hovertext=[escape_hover(str(n)) for n in nodes], hoverinfo="text",
             marker={"size": 20 if kind == "token" else 14, "color": colour, "line": {"color": "white", "width": 2}},
         )  # fmt: skip
@@ -250,7 +258,7 @@ def circuit_figure(graph: nx.DiGraph) -> go.Figure:
         f"Circuit of the {graph.graph['kind']} sink at position {graph.graph['position']}<br><sup>numbers: share of "
         f"the stream, of the writer, difference of the pre-activation, far importance; red: taken away</sup>"
     )
-    return themed(figure, title, height=max(420, 48 * max(len(graph.nodes) // 2, 6)))
+    return themed(figure, title, height=max(420, 180 + 56 * max(counts.values())))
 
 
 def _short(text: str, most: int = 24) -> str:
