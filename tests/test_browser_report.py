@@ -50,6 +50,9 @@ def test_the_page_opens_offline_and_fits_narrow_and_wide_windows(
         assert figure["marks"] > 0, figure
         assert figure["height"] > 100, figure
         assert figure["width"] >= min(width - 60, 300), figure
+    told = "s => !s.checkVisibility() || s.classList.contains('wide') == s.scrollWidth > s.clientWidth + 8"
+    assert seen.page.evaluate(f"[...document.querySelectorAll('.scroller')].every({told})"), "who may scroll is told so"
+    assert (seen.page.locator(".scroller.wide > .plot").count() > 0) == (width == 390)
     assert seen.overflow() <= 0
     assert seen.requests == []
     assert seen.complaints == []
