@@ -48,7 +48,7 @@ class Stream:
             there; the norms of single heads' queries and keys stay live.
 
     Raises:
-        BadInputError: no such layer.
+        BadInputError: no such layer, hooks that leave no numbers behind.
         UnsupportedModelError: what shall be frozen cannot be on this host.
     """
 
@@ -89,6 +89,8 @@ class Stream:
             self.hooks += _frozen(model, norm, seen[f"{norm}.hook_in"], seen[f"{norm}.hook_out"])
         with torch.no_grad():
             self.outputs: Float[Tensor, "layer pos d_model"] = self(self.start)
+            if not self.outputs.isfinite().all():
+                raise BadInputError("the stream is NaN or infinite under these hooks: an edit leaves no numbers behind")
             for norm in norms:
                 self._heard(norm)
 

@@ -52,7 +52,7 @@ class Thresholds(ShownInJupyter, table="_fields"):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            share = name in ("min_life", "late", "onset_tolerance", "end_tolerance", "cosine")
+            share = name in ("activity", "min_life", "late", "onset_tolerance", "end_tolerance", "cosine")
             if not 0 <= value < math.inf or (share and value > 1):
                 raise BadInputError(f"{name} must be {'between 0 and 1' if share else 'at least 0'}, got {value}")
 

@@ -44,7 +44,7 @@ def token_loss(
 
     Raises:
         UnsupportedModelError: weights without a trained language-model head, an encoder without a known mask token.
-        BadInputError: ``mask_id`` for a decoder, a sequence of special tokens only.
+        BadInputError: ``mask_id`` for a decoder, a sequence of special tokens only, an edit that leaves no numbers.
     """
     read = predictions(model, mask_id)
     batch = as_tokens(model, tokens)
@@ -100,12 +100,18 @@ def token_metrics(
     """A metric of every token, in blocks of rows.
 
     Raises:
-        BadInputError: a user's function that gives no value per token.
+        BadInputError: logits that are no numbers, as an edit that overflows leaves them; a user's function that gives
+            no value per token.
     """
     parts: list[Tensor] = []
     wide = torch.promote_types(logits.dtype, torch.float32)
     for start in range(0, logits.shape[0], ROWS):
         rows = slice(start, start + ROWS)
+        if not bool((logits[rows] < torch.inf).all()):  # what is -inf is a token that cannot come
+            raise BadInputError(
+                "the logits are NaN or infinite, so the model predicts nothing: an edit among its hooks leaves no "
+                "numbers behind"
+            )
         found = metric(logits[rows].to(wide), base_logits[rows].to(wide), targets[rows])
         if not isinstance(found, Tensor) or found.shape != targets[rows].shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -353,3 +354,16 @@ def test_a_group_that_was_interrupted_gives_the_same_bits(sunk: Any, tmp_path: P
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "written again"
     assert again.side == whole.side
     assert torch.equal(again.metrics["kl"].nan_to_num(), whole.metrics["kl"].nan_to_num())
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_an_edit_that_leaves_no_numbers_is_refused_and_not_taken_for_missing_values(model: Any, factor: float) -> None:
+    ids, broken = texts(1, 12), [("blocks.0.hook_out", lambda x, hook: x * factor)]
+    for run in (
+        lambda: sl.token_loss(model, ids, hooks=broken),
+        lambda: sl.run_experiment(model, ids, {"broken": broken}, controls=(), progress=False),
+        lambda: sl.measure_mixing(model, ids, hooks=broken, sinks=[0], probes=2, progress=False),
+        lambda: sl.jacobian_norms(model, ids, [(1, 5, 2)], hooks=broken),
+    ):
+        with pytest.raises(sl.BadInputError, match="NaN or infinite"):
+            run()
