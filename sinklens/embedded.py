@@ -307,12 +307,13 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 
 def _check_gguf(gguf: Path) -> None:
-    """Refuse a file that is no GGUF, or shorter than its own tensor table says."""
+    """Refuse a file that is no GGUF, shorter than its own tensor table says, or of more blocks than it has tensors."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(gguf)
         end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
+        counts = [int(f.contents()) for name, f in reader.fields.items() if name.endswith(".block_count")]
     except Exception as error:  # a wild header makes the reader raise whatever it met
         raise BadInputError(
             f"{str(gguf)!r} is not a readable GGUF file: corrupt or truncated ({error}); fetch it again"
@@ -321,4 +322,9 @@ def _check_gguf(gguf: Path) -> None:
         raise BadInputError(
             f"{str(gguf)!r} is truncated: its tensors end at byte {end}, the file at {gguf.stat().st_size}; "
             f"fetch it again"
+        )
+    if max(counts, default=0) > len(reader.tensors):  # the libraries below would count that far
+        raise BadInputError(
+            f"{str(gguf)!r} is corrupt: its header speaks of {max(counts)} blocks, and it holds {len(reader.tensors)} "
+            f"tensors; fetch it again"
         )

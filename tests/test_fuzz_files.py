@@ -140,3 +140,15 @@ def test_a_flipped_bit_of_a_number_is_noticed(world: World, tmp_path: Path) -> N
     path.write_bytes(bytes(content))
     with pytest.raises(sl.BadInputError, match="another SHA-256"):
         sl.SinkScores.load(path)
+
+
+def test_a_gguf_header_that_speaks_of_a_billion_blocks_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path / "cache"))
+    path = whole_gguf(tmp_path / "wild.gguf")
+    content = path.read_bytes()
+    at = content.index(b".block_count") + len(b".block_count") + 4  # behind the type of the value
+    path.write_bytes(content[:at] + (10**9).to_bytes(4, "little") + content[at + 4 :])
+    with deadline(5), pytest.raises(sl.BadInputError, match="speaks of 1000000000 blocks"):
+        sl.load_model(path)
