@@ -31,6 +31,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.arguments import public, public_methods
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
+from sinklens.forward import numbered
 from sinklens.jupyter import ShownInJupyter
 from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
 from sinklens.proof import capabilities
@@ -162,7 +163,8 @@ def measure_collapse(
             one = batch[b].trim().to(str(model.cfg.device))
             kept = [p for p in range(one.ids.shape[1]) if p not in own[b]]
             for c, edit in enumerate(named.values()):
-                states = _outputs(model, one, edit)
+                with numbered([b]):
+                    states = _outputs(model, one, edit)
                 ordinary = states[:, kept]
                 unit = torch.nn.functional.normalize(ordinary, dim=-1)
                 values[c, b] = torch.stack([collapse_measures(x) for x in (ordinary, unit, states)], 1).float()

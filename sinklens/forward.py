@@ -6,7 +6,9 @@ under ``generate`` with a KV cache, how much has been seen before, so that edits
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import ref
 
@@ -22,7 +24,21 @@ from sinklens.proof import capabilities
 from sinklens.tokens import Tokens
 
 EMBED = "embed.hook_in"
+_numbers: ContextVar[tuple[int, ...]] = ContextVar("sequence numbers", default=())
 READERS = 3  # how many hooks of a list follow the forward, before those that edit
+
+
+@contextmanager
+def numbered(sequences: Sequence[int]) -> Iterator[None]:
+    """The rows of forwards inside are these sequences (all rows, if it is one).
+
+    Edits know a row by its ids. Where a text occurs twice, only this tells which of the two it is.
+    """
+    before = _numbers.set(tuple(sequences))
+    try:
+        yield
+    finally:
+        _numbers.reset(before)
 
 
 class Forward:
@@ -133,9 +149,11 @@ class Forward:
             if self.known_only:
                 self._starts = torch.tensor([start for _, start in found], device=ids.device)
 
-    def _match(self, row: Int[Tensor, " column"], b: int) -> tuple[int | None, int]:
-        """The longest known sequence that stands in this row, with its first column; the same number first."""
-        order = sorted(range(len(self._known)), key=lambda i: (-len(self._known[i]), i != b))
+    def _match(self, row: Int[Tensor, " column"], number: int) -> tuple[int | None, int]:
+        """The longest known sequence that stands in this row, with its first column; of copies that of its number."""
+        given = _numbers.get()
+        own = given[min(number, len(given) - 1)] if given else number
+        order = sorted(range(len(self._known)), key=lambda i: (-len(self._known[i]), i != own))
         for i in order:
             known = self._known[i]
             if len(known) > len(row):
@@ -145,7 +163,7 @@ class Forward:
                 return i, int(hits[0])
         if self.known_only:
             raise BadInputError(
-                f"row {b} of this forward is none of the {len(self._known)} sequences that these hooks were built "
+                f"row {number} of this forward is none of the {len(self._known)} sequences that these hooks were built "
                 f"for: run them on the same Tokens, or rebuild them elsewhere with hooks.at(positions)"
             )
         return None, 0

@@ -24,6 +24,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from sinklens.attention import attention_hook, block_input, block_output, original
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import hooked
+from sinklens.forward import numbered
 from sinklens.frozen import frozen_norm
 from sinklens.offload import refuse_offloaded
 from sinklens.proof import capabilities, has_hook
@@ -46,6 +47,7 @@ class Stream:
         frozen_attention: keep every attention pattern as it is at the point of departure.
         frozen_norms: keep the scale (``1 / rms`` or ``1 / sd``) of every norm that reads or writes the stream as it is
             there; the norms of single heads' queries and keys stay live.
+        sequence: its number in the batch that the edits were built for; it tells copies of one text apart.
 
     Raises:
         BadInputError: no such layer, hooks that leave no numbers behind.
@@ -61,6 +63,7 @@ class Stream:
         layer: int = 0,
         frozen_attention: bool = False,
         frozen_norms: bool = False,
+        sequence: int = 0,
     ) -> None:
         facts = capabilities(model)
         refuse_offloaded(model.original_model, facts.model, "a Jacobian")
@@ -70,6 +73,7 @@ class Stream:
             raise UnsupportedModelError(f"{facts.model}: this host discards edits of the pattern; it cannot be frozen")
         self.model, self.ids, self.layer, self.n_layers = model, ids, layer, facts.n_layers
         self.hooks: list[Any] = list(hooks)
+        self.sequence = sequence
         start: list[Tensor] = []
         seen: dict[str, Tensor] = {}
 
@@ -114,7 +118,7 @@ class Stream:
             raise StopAtLayerException(tensor[:, :0] if tensor.dim() == 3 else tensor[:0])
 
         ends = [*hooks, (block_output(self.n_layers - 1), stop)]
-        with hooked(self.model):
+        with hooked(self.model), numbered([self.sequence]):
             self.model.run_with_hooks(self.ids, return_type=None, fwd_hooks=ends)
 
     def __call__(self, start: Float[Tensor, "pos d_model"]) -> Float[Tensor, "layer pos d_model"]:

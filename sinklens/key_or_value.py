@@ -19,6 +19,7 @@ from sinklens.controls import slots
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.experiment import run_experiment
 from sinklens.flash_backend import hooked
+from sinklens.forward import numbered
 from sinklens.metrics import METRICS, token_metrics
 from sinklens.models import has_trained_head
 from sinklens.places import Places
@@ -157,7 +158,8 @@ def by_head(
         for b in rows:
             one, scored = _scored(model, short, places, b, most_scored, seed)
             for c, hooks in enumerate(cells):
-                found = first_order(model, hooks, one.ids, scored)
+                with numbered([b]):
+                    found = first_order(model, hooks, one.ids, scored)
                 guess[c, :, b] = torch.stack([found[layer, head] for layer, head in keys])
             advance()
     if "loss" in metrics:
@@ -305,7 +307,8 @@ def _likelihood(
     before = token_metrics(METRICS["loss"], base, base, targets).double().mean()
     changes: dict[str, list[Tensor]] = {"loss": [], "kl": []}
     for hooks in edits:
-        logits = scored_logits(model, one.ids, scored, hooks)
+        with numbered([b]):
+            logits = scored_logits(model, one.ids, scored, hooks)
         changes["loss"].append(token_metrics(METRICS["loss"], logits, base, targets).double().mean() - before)
         changes["kl"].append(token_metrics(METRICS["kl"], logits, base, targets).double().mean())
     return {name: torch.stack(values) for name, values in changes.items()}
@@ -324,8 +327,9 @@ def embedding_changes(
         kept.append(tensor[0].double().mean(0).cpu())
 
     last = (block_output(capabilities(model).n_layers - 1), keep)
-    for hooks in ([], *edits):
-        run_blocks(model, one.ids, [*hooks, last])
+    with numbered([b]):
+        for hooks in ([], *edits):
+            run_blocks(model, one.ids, [*hooks, last])
     return torch.stack([1 - torch.cosine_similarity(x, kept[0], dim=0) for x in kept[1:]])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.flash_backend import flash, hooked
+from sinklens.forward import numbered
 from sinklens.hooks import Hooks
 from sinklens.lives import activity as active_where
 from sinklens.metrics import Metric, token_metrics
@@ -78,7 +79,8 @@ def measure(
         if not any(run.counts[b] for b in group):
             continue
         watches = [_watch(model, plan, b, run, length, way) for b in group]
-        found = _logits(model, plan, some.ids, scored, run, Watches(watches), way)
+        with numbered(group):
+            found = _logits(model, plan, some.ids, scored, run, Watches(watches), way)
         bases = found if bases is None else bases
         for i, b in enumerate(group):
             if not run.counts[b]:

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.errors import BadInputError
+from sinklens.forward import numbered
 from sinklens.predictions import check_masking, drawn, predictions
 from sinklens.tokens import Tokens, as_tokens
 
@@ -59,7 +60,8 @@ def token_loss(
         if read.mask_id is not None and b == 0:
             check_masking(model, one.ids, int(kept[0]), read.mask_id)
         scored = drawn(kept, most_scored, seed + b)
-        logits = read.logits(model, one.ids, scored, hooks)
+        with numbered([b]):
+            logits = read.logits(model, one.ids, scored, hooks)
         row = torch.full((one.ids.shape[1],), torch.nan)
         row[scored] = token_metrics(loss, logits, logits, read.targets(one.ids, scored)).float()
         rows.append(row)

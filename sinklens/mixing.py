@@ -194,7 +194,7 @@ def _measure(
             for label, edit in conditions.items():
                 stream = Stream(
                     model, ids, edit, layer=way.layer, frozen_attention=way.frozen_attention,
-                    frozen_norms=way.frozen_norms,
+                    frozen_norms=way.frozen_norms, sequence=b,
                 )  # fmt: skip
                 try:
                     squares, var = _squares(stream, positions[b], own[b], way, reverse=reverse)

@@ -37,6 +37,7 @@ from sinklens.attention import (
 )
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.forward import numbered
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
 from sinklens.jupyter import ShownInJupyter
@@ -154,8 +155,9 @@ def path_sums(
             chosen = list(dict.fromkeys([*own[b][:1], drawn] if columns is None else columns))
             if any(not 0 <= j < length for j in chosen):
                 raise BadInputError(f"columns {chosen} are out of range: sequence {b} has {length} tokens")
-            bounds.append(path_sum_bound(model, ids, hooks))
-            stream = Stream(model, ids, hooks, frozen_attention=True)
+            with numbered([b]):
+                bounds.append(path_sum_bound(model, ids, hooks))
+            stream = Stream(model, ids, hooks, frozen_attention=True, sequence=b)
             for j in chosen:
                 norms = spectral_norms(exact_block(stream, j, chunk=chunk))
                 for layer in range(norms.shape[0]):

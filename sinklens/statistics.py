@@ -123,9 +123,8 @@ def rank_correlation(
         left, right = [np.zeros(0)], [np.zeros(0)]
         for group in np.unique(labels[rows]):
             mine = labels[rows] == group
-            if mine.sum() >= 3:
-                left.append(rankdata(a[mine]) - (mine.sum() + 1) / 2)
-                right.append(rankdata(b[mine]) - (mine.sum() + 1) / 2)
+            left.append(rankdata(a[mine]) - (mine.sum() + 1) / 2)
+            right.append(rankdata(b[mine]) - (mine.sum() + 1) / 2)
         p, q = np.concatenate(left), np.concatenate(right)
         size = math.sqrt(float((p * p).sum() * (q * q).sum()))
         return float((p * q).sum()) / size if size > 0 else math.nan
@@ -133,8 +132,10 @@ def rank_correlation(
     values = np.array([x, y], dtype=np.float64)
     names = {group: n for n, group in enumerate(dict.fromkeys(groups))}
     labels = np.array([names[group] for group in groups], dtype=np.int64)
-    by_document = [np.flatnonzero(np.array(documents) == d) for d in dict.fromkeys(documents)]
-    whole = pooled(np.arange(len(labels)))
+    large = np.array([(labels == label).sum() >= 3 for label in labels], dtype=bool)  # of the sample, for all resamples
+    found = [np.flatnonzero(large & (np.array(documents) == d)) for d in dict.fromkeys(documents)]
+    by_document = [rows for rows in found if len(rows)]
+    whole = pooled(np.flatnonzero(large))
     if len(by_document) < MIN_DOCUMENTS or whole != whole:
         return whole, math.nan, math.nan
     draw = np.random.default_rng(seed)

@@ -27,7 +27,7 @@ from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import hooked
-from sinklens.forward import READERS
+from sinklens.forward import READERS, numbered
 from sinklens.hooks import Hooks
 from sinklens.metrics import METRICS, token_metrics
 from sinklens.models import has_trained_head
@@ -113,9 +113,10 @@ def sweep_ablation(
             if edited or not places.columns_wanted:
                 one = batch[b].trim().to(str(model.cfg.device))
                 scored = scored_positions(one, edited, most_scored, seed + b)
-                _measure(one, scored, runner, metrics, base, b)
-                if guess is not None:
-                    found = first_order(model, everything, one.ids, scored)
+                with numbered([b]):
+                    _measure(one, scored, runner, metrics, base, b)
+                    found = None if guess is None else first_order(model, everything, one.ids, scored)
+                if guess is not None and found is not None:
                     guess[:, b] = torch.stack([found[layer, head] for layer, head in keys])
             advance()
     if base.isnan().all():

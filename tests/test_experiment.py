@@ -16,9 +16,11 @@ from torch import Tensor
 import sinklens as sl
 from sinklens import measuring
 from sinklens.controls import CONTROLS
+from sinklens.places import Place, Places
 from sinklens.plan import Plan
 from sinklens.predictions import predictions
 from sinklens.proof import capabilities
+from sinklens.tokens import as_tokens
 
 
 @pytest.fixture(scope="module")
@@ -367,3 +369,32 @@ def test_an_edit_that_leaves_no_numbers_is_refused_and_not_taken_for_missing_val
     ):
         with pytest.raises(sl.BadInputError, match="NaN or infinite"):
             run()
+
+
+def test_a_text_that_occurs_twice_gets_its_own_edit_whatever_runs_beside_it(model: Any) -> None:
+    ids = torch.stack(random_rows((60,) * 19))
+    tokens = as_tokens(model, torch.cat([ids, ids[:1]]))  # the copy runs in another forward than its original
+    where = [3] * 19 + [31]
+    places = Places(tokens=tokens, entries=tuple(Place(b, p, None, "primary") for b, p in enumerate(where)))
+    edit = sl.ablate_sinks(model, places)
+    e = sl.run_experiment(model, tokens, {"edit": edit}, controls=(), progress=False)
+    losses = sl.token_loss(model, tokens, hooks=edit)
+    swept = sl.sweep_ablation(model, tokens, places, progress=False)
+    few = tokens[[0, 19]].first(12)
+    near = Places(tokens=few, entries=(Place(0, 3, None, "primary"), Place(1, 7, None, "primary")))
+    mixed = sl.measure_mixing(model, few, hooks=sl.ablate_sinks(model, near), sinks=[], probes=2, progress=False)
+    collapsed = sl.measure_collapse(model, few, conditions={"edit": sl.ablate_sinks(model, near)}, progress=False)
+    for n, (b, there) in enumerate(((0, 3), (19, 31))):
+        one, alone = tokens.ids[b : b + 1], sl.ablate_sinks(model, [there])
+        naive = sl.token_loss(model, one, hooks=alone)[0]
+        scored = e.metrics["loss"][1, b].isfinite()
+        assert not scored[there]
+        assert float((e.metrics["loss"][1, b] - naive)[scored].abs().max()) < 1e-4
+        assert float((losses[b] - naive).nan_to_num().abs().max()) < 1e-4
+        layer = sl.sweep_ablation(model, one, [there], progress=False)
+        assert float((swept.metrics["loss"][:, b] - layer.metrics["loss"][:, 0]).abs().max()) < 1e-4
+        short, at = few.ids[n : n + 1], sl.ablate_sinks(model, [(3, 7)[n]])
+        maps = sl.measure_mixing(model, short, hooks=at, sinks=[], probes=2, progress=False).maps[0]
+        torch.testing.assert_close(mixed.maps[n], maps, atol=1e-5, rtol=1e-4)
+        states = sl.measure_collapse(model, short, conditions={"edit": at}, progress=False).values
+        torch.testing.assert_close(collapsed.values[:, n], states[:, 0], atol=1e-5, rtol=1e-4)

@@ -40,6 +40,20 @@ def trace(model: TransformerBridge) -> sl.SinkTrace:
     return sl.trace_sinks(model, ids, replacements=("same_id",), doses=(0.0, 0.5, 2.0, 4.0), progress=False)
 
 
+def test_groups_of_two_count_neither_in_the_correlation_nor_in_its_interval() -> None:
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(80, generator=draw).tolist()
+    y = [a + 0.8 * b for a, b in zip(x, torch.randn(80, generator=draw).tolist(), strict=True)]
+    groups, documents = [n // 4 for n in range(80)], [n % 20 for n in range(80)]
+    alone = rank_correlation(x, y, groups, documents)
+    pairs = [(d, 100 + d) for d in range(20) for _ in range(2)]  # each falls while the others rise
+    more = rank_correlation(
+        x + [0.0, 1.0] * 20, y + [1.0, 0.0] * 20, groups + [g for _, g in pairs], documents + [d for d, _ in pairs]
+    )
+    assert more == alone
+    assert alone[1] < alone[0] < alone[2]
+
+
 def test_rank_correlation_is_spearman_and_ignores_what_differs_between_groups() -> None:
     draw = np.random.default_rng(0)
     x = draw.normal(size=60)
