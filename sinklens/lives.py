@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class Thresholds(ShownInJupyter, table="_fields"):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            share = name in ("activity", "min_life", "late", "onset_tolerance", "end_tolerance", "cosine")
+            share = name in ("min_life", "late", "onset_tolerance", "end_tolerance", "cosine")
             if not 0 <= value < math.inf or (share and value > 1):
                 raise BadInputError(f"{name} must be {'between 0 and 1' if share else 'at least 0'}, got {value}")
 
@@ -93,7 +94,10 @@ def activity(
     mass: Float[Tensor, "*batch layer pos"], uniform: Float[Tensor, "*batch layer pos"], thresholds: Thresholds
 ) -> Bool[Tensor, "*batch layer pos"]:
     """Where ``mean_h beta >= max(activity, uniform_factor * u)``; undefined (NaN) is not active."""
-    floor = (thresholds.uniform_factor * uniform).clamp(min=thresholds.activity)
+    least = min(
+        thresholds.activity, torch.finfo(uniform.dtype).max
+    )  # ReLU attention may exceed 1, so no number is wild
+    floor = (thresholds.uniform_factor * uniform).clamp(min=least)
     return mass >= floor
 
 

@@ -54,7 +54,9 @@ class Perturbation(ShownInJupyter, table="_last_layer"):
         lines = [f"Perturbation: {len(self.swaps)} swaps in {len(self.tokens)} sequence(s), {self.info.get('model')}"]
         means = self.by_swap(self.relative)[:, :, -1]
         for c, label in enumerate(self.labels):
-            ratio = f", {float((means[c] / means[0]).nanmedian()):.3g} times base (median)" if c else ""
+            ratios = (means[c] / means[0]).double()
+            known = ratios[ratios.log().isfinite()]
+            ratio = f", {float(known.quantile(0.5)):.3g} times base (median)" if c and len(known) else ""
             lines.append(f"  {label}: mean relative change at the last layer {float(means[c].mean()):.3g}{ratio}")
         return "\n".join(lines)
 

@@ -43,8 +43,8 @@ def write_sinks(
             (
                 sinks.plot(),
                 "A row is a sink, a column a layer; colour is the attention that it takes from afar, mean over "
-                "heads. A primary sink lives as long as the strongest lasting one; a secondary one begins later or "
-                "ends earlier.",
+                "heads. A primary sink lives as long as the strongest lasting one; a secondary one begins or "
+                "ends elsewhere.",
             )
         )
         figures.append(

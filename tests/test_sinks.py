@@ -251,3 +251,9 @@ def test_a_map_may_be_cut_to_the_beginnings_of_some_sequences() -> None:
     assert torch.allclose(short, whole, atol=1e-4)  # later sinks cannot reach back
     with pytest.raises(sl.BadInputError, match="out of range"):
         found.cut([3], 10)
+
+
+@pytest.mark.parametrize("activity", [1.5, 1e300])
+def test_a_threshold_that_nothing_reaches_finds_nothing(activity: float) -> None:
+    model = planted_model(10, {X: STRONG}, {X: range(10)})
+    assert len(sl.find_sinks(model, row(60, {0: X}), activity=activity)) == 0

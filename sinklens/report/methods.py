@@ -15,7 +15,11 @@ FORMULAS = (
     ("Sink rate", "share of (sequence, layer, head) with alpha_0 > 0.3", "gu2025"),
     ("Far importance", "beta_k = the same mean over queries with |i - k| >= 16, where there are 32 of them", ""),
     ("Active", "mean of beta over heads >= max(0.05, 3 x uniform share); a life is a run of active layers", ""),
-    ("Kinds", "primary: shares the strongest lasting sink's life; secondary: begins later or ends earlier", "wong2025"),
+    (
+        "Kinds",
+        "primary: shares the strongest lasting sink's life; secondary: begins or ends elsewhere",
+        "wong2025",
+    ),
     ("Partition", "o = sigma o_S + (1 - sigma) o_R, sigma = sigmoid(lse_S - lse_R), S the sinks, R the rest", ""),
     ("Ablation", "renormalize: o = o_R, the sink never was; zero: o = (1 - sigma) o_R, it writes nothing", "xiao2024"),
     ("Controls", "the same edit at as many ordinary tokens: random ones, or those of the most similar attention", ""),
@@ -93,9 +97,10 @@ def limits(m: Material) -> list[str]:
     if m["decomposition"] is not None:
         told.append("The cell (0, 1) of the 2x2 is off the manifold: its weights sum to 1 + sigma.")
     if m["mixing"] is not None:
+        measured = next(iter(m["mixing"].conditions.values())).tokens
         told.append(
-            f"Jacobians are measured on the first {m.sizes.mixing_tokens} tokens of each sequence, with "
-            f"{m.sizes.probes} probes per token."
+            f"Jacobians are measured on {len(measured)} of the {len(m.tokens)} sequences, up to "
+            f"{int(measured.lengths.max())} tokens of each, with {m.sizes.probes} probes per token."
         )
     return told
 

@@ -65,8 +65,8 @@ def _where(m: Material) -> Section:
                     "where-lives",
                     drawn.plot(),
                     f"A row is a sink of the first {count} sequence(s), named sequence:position and token; a column is "
-                    "a layer. Primary sinks live as long as the strongest lasting one; secondary ones begin later or "
-                    "end earlier.",
+                    "a layer. Primary sinks live as long as the strongest lasting one; secondary ones begin or "
+                    "end elsewhere.",
                     f"sinks.cut(range({count}), {width}).plot()",
                     560,
                 )

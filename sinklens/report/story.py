@@ -218,6 +218,9 @@ def mixing(m: Material) -> list[str]:
                 "it", r["log_ratio"], r["log_ratio_low"], r["log_ratio_high"]
             )
         else:
-            words += "; there is no control of the same loss (the edit costs none, or the model has no loss)"
+            words += (
+                "; there is no control of the same loss (the edit costs too little, noise does not reach its cost, or "
+                "the model has no loss)"
+            )
         told.append(f"{label[0].upper()}{label[1:]}, {words}.")
     return told

@@ -39,6 +39,8 @@ def change(
         return f"{what} was not measured here"
     amount, span = f"{number(abs(value))} {unit}".strip(), between(low, high)
     where = side(low, high)
+    if where is None and value == 0:
+        return f"{what} is the same in this sample (no interval)"
     if where is None:
         return f"{what} is {amount} {'higher' if value > 0 else 'lower'} in this sample (no interval)"
     if where == 0:
@@ -53,6 +55,8 @@ def against(control: str, value: float, low: float, high: float, unit: str) -> s
     if math.isnan(value):
         return f"{control} could not be tried in these texts"
     where, span = side(low, high), between(low, high)
+    if where is None and value == 0:
+        return f"just that of {control} (no interval)"
     if where is None:
         return f"{number(abs(value))} {unit} {'above' if value > 0 else 'below'} {control} (no interval)"
     if where == 0:
