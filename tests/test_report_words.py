@@ -130,3 +130,9 @@ def test_a_figure_that_kaleido_cannot_draw_is_said(tmp_path: Path, monkeypatch: 
     files, why = exporting.export([Plot("one", go.Figure(), "", "")], tmp_path, tmp_path / "figures.json")
     assert files == []
     assert "plotly.js error" in why
+
+
+def test_an_effect_of_exactly_zero_without_an_interval_has_no_direction() -> None:
+    nan = math.nan
+    assert change("the loss", 0.0, nan, nan, "nats") == "the loss is the same in this sample (no interval)"
+    assert against("a control", 0.0, nan, nan, "nats") == "just that of a control (no interval)"
