@@ -38,26 +38,19 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public, public_methods
-from sinklens.attention import (
-    allowed_keys,
-    attention_hook,
-    block_input,
-    by_head,
-    output_weights,
-    scored_points,
-    value_bias,
-)
+from sinklens.attention import attention_hook, block_input, by_head, output_weights, scored_points, value_bias
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.jupyter import ShownInJupyter
 from sinklens.proof import Capabilities, capabilities, same_model
 from sinklens.refusals import refuse_unless_softmax
-from sinklens.residuals import typical_mean
 from sinklens.results import atomic_path
 from sinklens.running import run_blocks
 from sinklens.sinkmap import Sink, SinkMap
+from sinklens.states import typical_mean
 from sinklens.tokens import Tokens
+from sinklens.visibility import allowed_keys
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

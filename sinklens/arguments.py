@@ -244,3 +244,8 @@ def _described(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[st
             continue  # an alias that is itself a string
     hints.pop("return", None)
     return inspect.signature(function), hints
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text as an error message may quote it."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"

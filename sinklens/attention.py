@@ -6,11 +6,11 @@ one. Everything here is stated in unshifted indices of the batch; positions are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -82,31 +82,6 @@ def either_backend(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a hook that need not fire under the flash backend, because what it does is done there in another way."""
     hook.either_backend = True  # type: ignore[attr-defined]
     return hook
-
-
-def allowed_keys(
-    mask: Bool[Tensor, "batch pos"], rows: slice, *, causal: bool, window: int | None
-) -> Bool[Tensor, "batch query pos"]:
-    """Which keys the queries ``rows`` may see; padded queries see none.
-
-    Cost: ``batch x rows x pos`` booleans; ask for blocks of rows at long context.
-    """
-    keys = torch.arange(mask.shape[1], device=mask.device)
-    queries = keys[rows, None]
-    visible = torch.ones(queries.shape[0], keys.shape[0], dtype=torch.bool, device=mask.device)
-    if causal:
-        visible &= keys <= queries
-    if window is not None:
-        visible &= queries - keys < window
-        if not causal:
-            visible &= keys - queries < window
-    return visible & mask[:, None, :] & mask[:, rows, None]
-
-
-def row_blocks(length: int, size: int = 128) -> Iterator[slice]:
-    """Slices that cover ``length`` query rows, so that no temporary holds more than ``size`` of them."""
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
 
 
 def by_head(tensor: Float[Tensor, "1 a b d_head"], heads_first: bool, n_heads: int) -> Float[Tensor, "head pos d_head"]:

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sinklens.arguments import shortened
 from sinklens.console import stderr
-from sinklens.corpora import is_file, shortened
+from sinklens.corpora import is_file
 from sinklens.errors import BadInputError, SinklensError
 
 stdout = Console()

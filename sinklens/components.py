@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import original
-from sinklens.errors import UnsupportedModelError
+from sinklens.attention import mlp_of, original
+from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import frozen_norm
+from sinklens.proof import has_hook
 
 TOLERANCE = 1e-3
 ENDS = ("hook_in", "hook_out")
@@ -129,3 +130,15 @@ def _parallel(a: Tensor, b: Tensor) -> bool:
     """Whether a is a multiple of b (or both are next to nothing)."""
     factor = (a * b).sum() / (b * b).sum().clamp(min=1e-30)
     return _close(factor * b, a)
+
+
+def writing_hook(model: TransformerBridge, component: Component) -> str:
+    """The hook at which a component's contribution stands, as it is added to the stream."""
+    kind, layer = component
+    names = {"attn": ("ln1_post.hook_out", "hook_attn_out"), "mlp": ("ln2_post.hook_out", "hook_mlp_out")}
+    if kind not in names:
+        raise BadInputError(f"only attention layers and MLPs can be replaced, got {kind!r}")
+    if kind == "mlp":
+        mlp_of(model, layer)
+    post, plain = (f"blocks.{layer}.{name}" for name in names[kind])
+    return post if has_hook(model, post) else plain

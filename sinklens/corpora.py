@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sinklens.arguments import shortened
 from sinklens.errors import BadInputError
 
 DEFAULT_SEQS = 16
@@ -60,11 +61,6 @@ def is_file(name: str) -> bool:
         return Path(name).is_file()
     except (OSError, ValueError):
         return False
-
-
-def shortened(text: str, most: int = 60) -> str:
-    """A text as an error message may quote it."""
-    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
 
 
 def pieces_in_order(

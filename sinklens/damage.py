@@ -16,13 +16,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.attention import block_input
+from sinklens.components import writing_hook
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.metrics import token_loss
 from sinklens.proof import capabilities
 from sinklens.tokens import Tokens, as_tokens
-from sinklens.trace_rows import writing_hook
 
 KINDS = ("noise", "mlp")
 STEPS = 14

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public, public_methods
-from sinklens.attention import allowed_keys, attention_hook, by_head, output_weights
+from sinklens.attention import attention_hook, by_head, output_weights
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
@@ -35,6 +35,7 @@ from sinklens.refusals import refuse_unless_softmax
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.tokens import Tokens, as_tokens
+from sinklens.visibility import allowed_keys
 
 KIND = "HeadActivity"
 

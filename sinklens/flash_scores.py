@@ -15,9 +15,10 @@ from sinklens.flash_proof import unsupported
 from sinklens.importance import FAR, ColumnSums, by_position, visibility
 from sinklens.kernels import View, blocked, dense_scores, fused, fused_takes
 from sinklens.plain import PlainModel, refusal
-from sinklens.plain_backend import model_inputs, run_stack
+from sinklens.plain_backend import run_stack
 from sinklens.proof import capabilities, record
 from sinklens.running import run_blocks
+from sinklens.states import model_inputs
 from sinklens.tokens import Tokens
 
 BACKENDS = ("auto", "hooks", "flash")

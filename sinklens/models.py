@@ -26,8 +26,7 @@ from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from sinklens.arguments import public
-from sinklens.corpora import shortened
+from sinklens.arguments import public, shortened
 from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.offload import check_device, input_device, offloaded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from sinklens.errors import BadInputError
 from sinklens.forward import Forward
 from sinklens.sinkmap import SinkMap
-from sinklens.tokens import Tokens
+from sinklens.tokens import Tokens, check_positions
 
 LEARNED = "learned"
 Predicate = Callable[[Tensor], Tensor]
@@ -173,14 +173,6 @@ class Places:
 
 
 Sinks = SinkMap | Places | Sequence[int | str] | int | str | Predicate
-
-
-def check_positions(positions: Iterable[int]) -> tuple[int, ...]:
-    """Positions as a tuple, each once."""
-    found = tuple(dict.fromkeys(int(p) for p in positions))
-    if any(p < 0 for p in found):
-        raise BadInputError(f"positions count from a sequence's first unpadded token, 0; got {min(found)}")
-    return found
 
 
 def apply_predicate(predicate: Predicate, ids: Int[Tensor, "batch column"]) -> Bool[Tensor, "batch column"]:

@@ -21,14 +21,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from sinklens.arguments import turn
-from sinklens.attention import allowed_keys, row_blocks
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.flash_backend import Flash
 from sinklens.kernels import View
 from sinklens.plain import PlainCapabilities, PlainModel
+from sinklens.visibility import allowed_keys, row_blocks
 
 if TYPE_CHECKING:
-    from sinklens.tokens import Tokens
+    pass
 
 NAME = "sinklens_plain"
 
@@ -136,16 +136,6 @@ def real_keys(
     return None if bool(real.all()) else real
 
 
-def model_inputs(model: PlainModel, batch: Tokens) -> dict[str, Any]:
-    """What the transformers model is called with. Text must be padded on the right (``Tokens.aligned``)."""
-    from sinklens.images import Images
-
-    if model.capabilities.reads == "text":
-        return text_inputs(model.original_model, batch.ids, batch.mask)
-    assert isinstance(batch, Images)
-    return image_inputs(model.original_model, batch.pixels.to(model.dtype))
-
-
 def text_inputs(hf: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Any]:
     """Ids and padding, and no KV cache where there would be one."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
@@ -189,26 +179,6 @@ def run_stack(hf: PreTrainedModel, inputs: dict[str, Any], **wanted: bool) -> An
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
         first = str(error).strip().splitlines()
         raise BadInputError(f"{type(hf).__name__} cannot run this input: {first[0] if first else error!r}") from error
-
-
-def stream(model: PlainModel, batch: Tokens, visit: Callable[[int, Tensor], None]) -> Tensor | None:
-    """Run a batch and show the residual stream: ``visit(l, state)`` before block l, and after the last (l = L).
-
-    Returns:
-        The stack's own last hidden state, which may have a final norm in it; None where it returns none.
-
-    Raises:
-        UnsupportedModelError: the blocks do not form one stream.
-    """
-    facts = model.capabilities
-    if not facts.stream:
-        raise UnsupportedModelError(
-            f"{facts.model}: its blocks do not hand one residual stream on, so norms and directions cannot be read; "
-            f"method='attention' works"
-        )
-    with watching(model.layers, visit), plain_flash(model):
-        out = run_stack(model.original_model, model_inputs(model, batch))
-    return getattr(out, "last_hidden_state", None)
 
 
 @contextlib.contextmanager

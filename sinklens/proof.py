@@ -21,7 +21,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.attention import (
-    allowed_keys,
     attention_hook,
     block_output,
     by_head,
@@ -34,6 +33,7 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.jupyter import ShownInJupyter
 from sinklens.offload import real_weights
 from sinklens.plain import PlainCapabilities, PlainModel, refusal
+from sinklens.visibility import allowed_keys
 
 PROBE_LENGTH = 29  # a prime, so that no head count equals it and layouts are unambiguous
 LONGEST_WINDOW_PROBE = 1024

@@ -27,9 +27,9 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.images import Images, as_images
 from sinklens.jupyter import ShownInJupyter
 from sinklens.plain import PlainModel
-from sinklens.plain_backend import stream
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
+from sinklens.states import stream
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from sinklens.hooks import Hooks
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import capabilities
 from sinklens.reference import reference_places
-from sinklens.residuals import typical_mean
 from sinklens.running import collect
 from sinklens.selection import Layers, select
 from sinklens.sink_edit import same_vector
+from sinklens.states import typical_mean
 from sinklens.tokens import Tokens
 
 RESIDUAL_MODES = ("massive_zero", "massive_mean", "project", "rescale")

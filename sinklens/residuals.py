@@ -20,13 +20,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_input, block_output
 from sinklens.console import progress_bar
 from sinklens.lives import Thresholds
 from sinklens.plain import PlainModel
-from sinklens.plain_backend import stream
-from sinklens.proof import capabilities, record
-from sinklens.running import collect
+from sinklens.proof import record
+from sinklens.states import block_inputs, block_outputs, typical_mean
 from sinklens.tokens import Tokens
 
 WONG_COSINE = 0.9
@@ -131,43 +129,3 @@ def wong_sequences(
             found.append(wong_detect(block_outputs(model, one).float(), candidates))
             advance()
     return found
-
-
-def typical_mean(residual: Float[Tensor, "*layer pos d_model"], norm_ratio: float) -> Float[Tensor, "*layer 1 d_model"]:
-    """mu: the mean over the tokens whose norm is below ``norm_ratio`` times the median norm."""
-    norm = residual.norm(dim=-1)
-    ordinary = (norm < norm_ratio * norm.median(dim=-1, keepdim=True).values).to(residual)[..., None]
-    return (residual * ordinary).sum(-2, keepdim=True) / ordinary.sum(-2, keepdim=True).clamp(min=1)
-
-
-def block_inputs(model: TransformerBridge | PlainModel, one: Tokens) -> Float[Tensor, "layer pos d_model"]:
-    """resid_pre of every layer, of one unpadded sequence."""
-    if isinstance(model, PlainModel):
-        return torch.stack(_plain_states(model, one)[0][:-1])
-    return _states(model, one, [block_input(layer) for layer in range(capabilities(model).n_layers)])
-
-
-def block_outputs(model: TransformerBridge | PlainModel, one: Tokens) -> Float[Tensor, "layer pos d_model"]:
-    """Every block's output as transformers returns hidden states: the last one after the final norm."""
-    if isinstance(model, PlainModel):
-        states, last = _plain_states(model, one)
-        return torch.stack([*states[1:-1], states[-1] if last is None else last[0]])
-    names = [block_output(layer) for layer in range(capabilities(model).n_layers)]
-    if not hasattr(model, "ln_final"):
-        return _states(model, one, names)
-    kept = collect(model, one.ids, [*names, "ln_final.hook_in", "ln_final.hook_out"])
-    last = kept[names[-1]]
-    if torch.equal(kept["ln_final.hook_in"], last):  # BERT's is a part of its masked-LM head instead
-        last = kept["ln_final.hook_out"]
-    return torch.stack([*(kept[name] for name in names[:-1]), last])
-
-
-def _plain_states(model: PlainModel, one: Tokens) -> tuple[list[Tensor], Tensor | None]:
-    states: list[Tensor] = []
-    last = stream(model, one, lambda _, state: states.append(state[0].clone()))
-    return states, last
-
-
-def _states(model: TransformerBridge, one: Tokens, names: Sequence[str]) -> Float[Tensor, "layer pos d_model"]:
-    kept = collect(model, one.ids, names)
-    return torch.stack([kept[name] for name in names])

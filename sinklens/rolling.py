@@ -28,11 +28,11 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import Flash, plain, switched
 from sinklens.forward import Forward
 from sinklens.kernels import View
-from sinklens.places import check_positions
 from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities
 from sinklens.rotary import turns
 from sinklens.running import run_blocks
 from sinklens.sinkmap import SinkMap
+from sinklens.tokens import check_positions
 
 Kept = int | Sequence[int] | Sequence[Sequence[int]] | SinkMap
 

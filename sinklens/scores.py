@@ -22,13 +22,12 @@ from sinklens.flash_backend import busy
 from sinklens.flash_scores import choose_backend, flash_scores, only
 from sinklens.importance import by_position, column_means, never_far, visibility
 from sinklens.jupyter import ShownInJupyter
-from sinklens.places import check_positions
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.proof import Capabilities, capabilities, record
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.statistics import interval
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens, as_tokens, check_positions
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -14,8 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.attention import block_input, block_output
 from sinklens.components import EMBEDDINGS, INSIDE, Component, Contributions
 from sinklens.proof import capabilities, has_hook
-from sinklens.residuals import typical_mean
 from sinklens.running import run_blocks
+from sinklens.states import typical_mean
 
 NORM_RATIO = 3.0
 

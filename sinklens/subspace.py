@@ -20,14 +20,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.attention import mlp_of, original
-from sinklens.components import component_name
+from sinklens.components import component_name, writing_hook
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat
 from sinklens.trace_result import SinkTrace
-from sinklens.trace_rows import writing_hook
 from sinklens.traced import Traced
 from sinklens.verdicts import Verdict, above, every, quantity
 

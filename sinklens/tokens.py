@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -404,3 +404,11 @@ def _checked(model: TransformerBridge | PlainModel, batch: Tokens) -> Tokens:
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise BadInputError(f"token id {bad} is outside the vocabulary of {facts.model} (0 to {facts.vocabulary - 1})")
     return batch
+
+
+def check_positions(positions: Iterable[int]) -> tuple[int, ...]:
+    """Positions as a tuple, each once."""
+    found = tuple(dict.fromkeys(int(p) for p in positions))
+    if any(p < 0 for p in found):
+        raise BadInputError(f"positions count from a sequence's first unpadded token, 0; got {min(found)}")
+    return found

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_input, block_output, mlp_of
-from sinklens.components import Component
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.attention import attention_hook, block_input, block_output
+from sinklens.components import Component, writing_hook
+from sinklens.errors import UnsupportedModelError
 from sinklens.importance import FAR
 from sinklens.metrics import METRICS, token_metrics
-from sinklens.proof import capabilities, has_hook
+from sinklens.proof import capabilities
 from sinklens.running import run_blocks
 
 PATTERN_BYTES = 2**28  # of one layer's patterns over the rows of a batch
@@ -61,18 +61,6 @@ class Seen:
     beta: Float[Tensor, "row token layer"]
     loss: Float[Tensor, " row"]
     states: Float[Tensor, "row token d_model"]
-
-
-def writing_hook(model: TransformerBridge, component: Component) -> str:
-    """The hook at which a component's contribution stands, as it is added to the stream."""
-    kind, layer = component
-    names = {"attn": ("ln1_post.hook_out", "hook_attn_out"), "mlp": ("ln2_post.hook_out", "hook_mlp_out")}
-    if kind not in names:
-        raise BadInputError(f"only attention layers and MLPs can be replaced, got {kind!r}")
-    if kind == "mlp":
-        mlp_of(model, layer)
-    post, plain = (f"blocks.{layer}.{name}" for name in names[kind])
-    return post if has_hook(model, post) else plain
 
 
 def run_rows(

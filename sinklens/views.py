@@ -17,13 +17,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public, public_methods
-from sinklens.attention import allowed_keys, attention_hook
+from sinklens.attention import attention_hook
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.plots import SCALE, escape_hover, themed
 from sinklens.proof import Capabilities, capabilities
 from sinklens.results import write_text
 from sinklens.running import collect
 from sinklens.tokens import Tokens, as_tokens
+from sinklens.visibility import allowed_keys
 
 if TYPE_CHECKING:
     from sinklens.sinkmap import SinkMap

@@ -24,7 +24,7 @@ from sinklens.reproductions.claims import (
 )
 from sinklens.reproductions.originals import Subject
 from sinklens.residual_edits import ablate_residual, massive
-from sinklens.residuals import block_inputs
+from sinklens.states import block_inputs
 from sinklens.tokens import Tokens
 
 PAPER = "Sun et al. 2024, Massive Activations in Large Language Models (2402.17762)"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinklens.attention import block_input
-from sinklens.components import Component
+from sinklens.components import Component, writing_hook
 from sinklens.decompose import decompose_sinks
 from sinklens.errors import BadInputError
 from sinklens.importance import FAR
@@ -25,7 +25,6 @@ from sinklens.tokens import Tokens, as_tokens
 from sinklens.trace import Looked, trace_sinks
 from sinklens.trace_causes import Causes
 from sinklens.trace_result import SinkTrace
-from sinklens.trace_rows import writing_hook
 from sinklens.traced import Phase, Traced
 
 MANY = tuple(range(2, 30, 3))  # sinks per sequence for the input subspace

@@ -16,13 +16,14 @@ from sinklens.flash_backend import flash
 from sinklens.images import Images, load_images
 from sinklens.lives import Thresholds
 from sinklens.plain import PlainModel
-from sinklens.plain_backend import implementation, model_inputs, run_stack, watching
+from sinklens.plain_backend import implementation, run_stack, watching
 from sinklens.plain_proof import prove_plain
 from sinklens.registers import register_tokens
 from sinklens.scores import sink_scores
 from sinklens.selftest.attention_checks import between, naive_scores
 from sinklens.selftest.subject import LENGTH, Parts, Subject, gap
 from sinklens.sinks import compare_methods, find_sinks, from_scores
+from sinklens.states import model_inputs
 from sinklens.tokens import Tokens, load_tokens
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import (
-    allowed_keys,
     attention_hook,
     block_output,
     grouped_by_head,
@@ -32,6 +31,7 @@ from sinklens.flash_proof import unsupported
 from sinklens.kernels import View
 from sinklens.proof import capabilities
 from sinklens.selftest.kinds_written_out import kind_of
+from sinklens.visibility import allowed_keys
 
 
 @dataclass(frozen=True, eq=False)
