@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
-    from sinklens.flash_backend import Flash, flash
+    from sinklens.flash_backend import Flash
+    from sinklens.flash_context import flash
     from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
     from sinklens.image_page import write_images
@@ -134,7 +135,7 @@ _HOMES = {
     "compare_mixing": "mixing",
     "decompose_sinks": "decompose",
     "find_sinks": "sinks",
-    "flash": "flash_backend",
+    "flash": "flash_context",
     "head_activity": "dormant",
     "image_map": "image_plots",
     "jacobian_norms": "mixing_sweeps",

@@ -27,7 +27,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-from sinklens.arguments import public, turn
+from sinklens.arguments import turn
 from sinklens.attention import attention_hook
 from sinklens.errors import SinklensError, UnsupportedModelError
 from sinklens.kernels import View, blocked, fused, fused_takes
@@ -36,6 +36,7 @@ from sinklens.proof import capabilities, record
 from sinklens.registered import NAME, owners, put_forward
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, View], tuple[Tensor, str]]
+SILENT = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k", "hook_result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,7 @@ class Flash:
         collect: stands in for unedited attention in a layer where statistics are taken.
         alone: no other backend may open inside, because what it measures would be another model.
         watch: looks at every layer's pattern, in blocks of query rows, before and after edits.
+        edited: runs a layer's attention with edits; brought by whoever arms one or watches.
         names: of the attention modules of a model without a bridge.
     """
 
@@ -70,6 +72,7 @@ class Flash:
     collect: Attend | None = None
     alone: str = ""
     watch: Any = None
+    edited: Callable[..., tuple[Tensor, str]] | None = None
     names: tuple[str, ...] = ()
     _armed: dict[int, list[Armed]] = field(default_factory=dict)
     _silent: dict[int, list[tuple[str, HookPoint]]] = field(default_factory=dict)
@@ -77,8 +80,6 @@ class Flash:
     def __post_init__(self) -> None:
         if isinstance(self.model, PlainModel):
             return  # nothing can be hooked there
-        from sinklens.flash_proof import unheard  # the proof runs this module, so it stands above it
-
         silent = unheard(self.model)
         points = hook_points(self.model)
         for layer in range(capabilities(self.model).n_layers):
@@ -125,9 +126,8 @@ class Flash:
                 raise UnsupportedModelError(f"edits of attention do not run inside {self.alone}; run them outside")
             if self.collect is not None:
                 raise UnsupportedModelError("statistics of edited attention need backend='hooks'")
-            from sinklens.flash_edit import edited_attention  # the edits stand above this module
-
-            out, path = edited_attention(self, layer, edits, q, k, v, view)
+            assert self.edited is not None  # whoever arms an edit, or watches, brings it
+            out, path = self.edited(self, layer, edits, q, k, v, view)
         else:
             attend = self.collect or plain
             out, path = attend(layer, q, k, v, view)
@@ -140,6 +140,16 @@ def hook_points(model: TransformerBridge) -> dict[str, HookPoint]:
     if model not in _points:
         _points[model] = dict(model.hook_dict)
     return _points[model]
+
+
+def unheard(model: TransformerBridge) -> tuple[str, ...]:
+    """The points of attention where a hook cannot fire under flash; before the proof has run, those of every host."""
+    return _unheard.get(model, SILENT)
+
+
+def note_unheard(model: TransformerBridge, points: Sequence[str]) -> None:
+    """Keep what the proof found to be silent under flash beside what is everywhere."""
+    _unheard[model] = tuple(dict.fromkeys([*SILENT, *points]))
 
 
 def told(waiting: Sequence[Any], q: Tensor, k: Tensor, view: View) -> list[Any]:
@@ -193,6 +203,7 @@ class _Host:
 
 _hosts: WeakKeyDictionary[TransformerBridge, _Host] = WeakKeyDictionary()
 _points: WeakKeyDictionary[TransformerBridge, dict[str, HookPoint]] = WeakKeyDictionary()
+_unheard: WeakKeyDictionary[TransformerBridge, tuple[str, ...]] = WeakKeyDictionary()
 
 
 def running(model: TransformerBridge) -> Flash | None:
@@ -204,41 +215,6 @@ def running(model: TransformerBridge) -> Flash | None:
 def busy(model: TransformerBridge) -> bool:
     """Whether hooks stand where patterns are read or edited."""
     return Flash(model).hooked()
-
-
-@public
-@contextlib.contextmanager
-def flash(model: TransformerBridge | PlainModel) -> Iterator[Flash]:
-    """Run a model's attention by the flash backend: O(T) memory, no patterns; all other hooks of a bridge keep firing.
-
-    Inside, plain forwards, hooks of :func:`ablate_sinks`, :func:`restrict_attention` and :func:`swap_attention` built
-    with ``backend="auto"``, and ``model.generate`` work as outside. At the end, also after an exception, the model's
-    settings and outputs are bit for bit what they were. Contexts nest.
-
-    Yields:
-        A :class:`Flash`: its ``paths`` say which kernel ran in each layer.
-
-    Raises:
-        UnsupportedModelError: the model's attention cannot be reached that way, or does not come out equal to the
-            host's (the message says where); while running: a hook that could not fire here, or a gradient.
-
-    Cost: about a plain sdpa forward (benchmarks/README.md). The first use of a model compares the backends on short
-    random inputs.
-    """
-    from sinklens.flash_proof import unsupported
-
-    if isinstance(model, PlainModel):
-        from sinklens.plain_backend import plain_flash
-
-        with plain_flash(model) as state:
-            yield state
-        return
-    reason = unsupported(model)
-    if reason:
-        raise UnsupportedModelError(f"{capabilities(model).model}: the flash backend cannot run it: {reason}")
-    with switched(model, Flash(model)) as state:
-        assert state is not None
-        yield state
 
 
 @contextlib.contextmanager

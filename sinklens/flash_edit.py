@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.attention_edit import Attached, Seen
 from sinklens.flash_backend import Flash, told
 from sinklens.kernels import (
     ROWS,
@@ -27,7 +28,6 @@ from sinklens.kernels import (
     visible,
 )
 from sinklens.lean_edit import lean_attention
-from sinklens.pattern_edit import Attached, Seen
 from sinklens.proof import capabilities
 from sinklens.sink_edit import SinkEdit
 

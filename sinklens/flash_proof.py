@@ -15,14 +15,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, block_output, either_backend
 from sinklens.errors import SinklensError
-from sinklens.flash_backend import Flash, hook_points, switched
+from sinklens.flash_backend import Flash, hook_points, note_unheard, switched
 from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities, has_hook
 from sinklens.running import run_blocks
 
-SILENT = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k", "hook_result")
-
 _reasons: WeakKeyDictionary[TransformerBridge, str] = WeakKeyDictionary()
-_unheard: WeakKeyDictionary[TransformerBridge, tuple[str, ...]] = WeakKeyDictionary()
 
 
 def unsupported(model: TransformerBridge) -> str:
@@ -42,13 +39,8 @@ def unsupported(model: TransformerBridge) -> str:
         first = attention_hook(0, "")
         deaf = sorted(heard.get("host", set()) - heard.get("flash", set()))
         points = [name.removeprefix(first) for name in deaf if name.startswith(first)]
-        _unheard[model] = tuple(dict.fromkeys([*SILENT, *points]))
+        note_unheard(model, points)
     return _reasons[model]
-
-
-def unheard(model: TransformerBridge) -> tuple[str, ...]:
-    """The points of attention where a hook cannot fire under flash; before the proof has run, those of every host."""
-    return _unheard.get(model, SILENT)
 
 
 def _differs(model: TransformerBridge, length: int, heard: dict[str, set[str]]) -> str:

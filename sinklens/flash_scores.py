@@ -10,7 +10,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.flash_backend import busy, flash
+from sinklens.flash_backend import busy
+from sinklens.flash_context import flash
 from sinklens.flash_proof import unsupported
 from sinklens.importance import FAR, ColumnSums, by_position, visibility
 from sinklens.kernels import View, blocked, dense_scores, fused, fused_takes

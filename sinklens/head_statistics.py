@@ -30,7 +30,7 @@ from sinklens.arguments import public, public_methods
 from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, value_bias
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.flash_backend import flash
+from sinklens.flash_context import flash
 from sinklens.flash_scores import choose_backend
 from sinklens.forward import Forward
 from sinklens.importance import FAR

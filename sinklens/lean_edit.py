@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.attention_edit import Attached
 from sinklens.flash_backend import plain
 from sinklens.kernels import (
     View,
@@ -25,7 +26,6 @@ from sinklens.kernels import (
     without,
 )
 from sinklens.partition import Parts, pair
-from sinklens.pattern_edit import Attached
 from sinklens.reference import bins
 from sinklens.sink_edit import SinkEdit, same_vector
 

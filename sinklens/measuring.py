@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.flash_backend import flash, hooked
+from sinklens.flash_backend import hooked
+from sinklens.flash_context import flash
+from sinklens.flash_edit import edited_attention
 from sinklens.forward import numbered
 from sinklens.hooks import Hooks
 from sinklens.lives import activity as active_where
@@ -120,7 +122,7 @@ def _logits(
     first, last = watches.hooks()
     with flash(model) if way == "flash" else hooked(model) as state:
         if state is not None:
-            state.watch = watches
+            state.watch, state.edited = watches, edited_attention
         hooks = [*first, *run.hooks, *last]
         if plan.read.masked:
             run_blocks(model, ids, hooks, flashing=state is not None)

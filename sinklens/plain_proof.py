@@ -24,12 +24,12 @@ from sinklens.plain_backend import (
     image_inputs,
     implementation,
     parameters,
-    plain_flash,
     run_stack,
     stack,
     text_inputs,
     watching,
 )
+from sinklens.plain_flash import plain_flash
 from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, check_support, is_causal
 
 PROBE_GRID = (4, 5)  # patches; not square, so that rows and columns cannot be mistaken for each other

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import learned_sink_logits, score_scale, score_softcap, value_bias
+from sinklens.attention_edit import PatternEdit, Seen
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair
-from sinklens.pattern_edit import PatternEdit, Seen
 from sinklens.places import Places
 from sinklens.proof import capabilities
 from sinklens.reference import Reference, bins

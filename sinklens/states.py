@@ -14,7 +14,8 @@ from sinklens.attention import block_input, block_output
 from sinklens.errors import UnsupportedModelError
 from sinklens.images import Images
 from sinklens.plain import PlainModel
-from sinklens.plain_backend import image_inputs, plain_flash, run_stack, text_inputs, watching
+from sinklens.plain_backend import image_inputs, run_stack, text_inputs, watching
+from sinklens.plain_flash import plain_flash
 from sinklens.proof import capabilities
 from sinklens.running import collect
 from sinklens.tokens import Tokens

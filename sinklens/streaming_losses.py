@@ -19,7 +19,7 @@ from sinklens.arguments import public, public_methods
 from sinklens.attention import logit_factor, original, text_config
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
-from sinklens.flash_backend import flash
+from sinklens.flash_context import flash
 from sinklens.jupyter import ShownInJupyter
 from sinklens.predictions import UNEMBED, predictions, scored_logits
 from sinklens.proof import capabilities

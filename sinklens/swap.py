@@ -18,11 +18,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.attention import learned_sink_logits
+from sinklens.attention_edit import PatternEdit, Seen
 from sinklens.errors import BadInputError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair
-from sinklens.pattern_edit import PatternEdit, Seen, edit_hooks, refuse_unless_editable
+from sinklens.pattern_edit import edit_hooks, refuse_unless_editable
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import Capabilities, capabilities
 from sinklens.selection import Heads, Layers, Selection, select

@@ -15,7 +15,7 @@ from sinklens.anatomy import sink_anatomy
 from sinklens.attention import attention_hook, block_input
 from sinklens.contexts import compare_contexts
 from sinklens.errors import SinklensWarning
-from sinklens.flash_backend import flash
+from sinklens.flash_context import flash
 from sinklens.flash_proof import unsupported
 from sinklens.head_statistics import attention_statistics
 from sinklens.importance import FAR, MIN_FAR_QUERIES

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinklens.contexts import compare_contexts
 from sinklens.errors import SinklensWarning
-from sinklens.flash_backend import flash
+from sinklens.flash_context import flash
 from sinklens.images import Images, load_images
 from sinklens.lives import Thresholds
 from sinklens.plain import PlainModel
