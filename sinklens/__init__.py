@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sinklens.ablate import ablate_sinks
     from sinklens.anatomy import Anatomy, sink_anatomy
     from sinklens.bos import patch_bos
+    from sinklens.circuitsvis_view import TokenView
     from sinklens.collapse import Collapse, measure_collapse
     from sinklens.contexts import compare_contexts
     from sinklens.damage import MatchedDamage, matched_damage
@@ -35,15 +36,17 @@ if TYPE_CHECKING:
     from sinklens.image_plots import image_map
     from sinklens.images import Images, load_images
     from sinklens.lives import Thresholds
+    from sinklens.loading import load_tokens
     from sinklens.metrics import token_loss
     from sinklens.mixing import compare_mixing, measure_mixing
     from sinklens.mixing_edits import MixingConditions, mixing_conditions
     from sinklens.mixing_page import write_mixing
     from sinklens.mixing_result import Mixing, MixingComparison
-    from sinklens.mixing_sweeps import jacobian_norms, mixing_by_length
+    from sinklens.mixing_sweeps import mixing_by_length
     from sinklens.models import load_model
     from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
+    from sinklens.pair_norms import jacobian_norms
     from sinklens.path_sum import PathSums, path_sums
     from sinklens.perturbation import perturbation_spread
     from sinklens.perturbation_result import Perturbation
@@ -67,14 +70,14 @@ if TYPE_CHECKING:
     from sinklens.swap import restrict_attention, swap_attention
     from sinklens.sweep_result import Sweep
     from sinklens.sweeps import sweep_ablation
-    from sinklens.tokens import Tokens, load_tokens
+    from sinklens.tokens import Tokens
     from sinklens.trace import trace_sinks
     from sinklens.trace_page import write_trace
     from sinklens.trace_result import SinkTrace
     from sinklens.two_by_two import Claims, TwoByTwo
     from sinklens.variants import BosVariants, bos_variants
     from sinklens.verdicts import Verdict
-    from sinklens.views import TokenView, attention_grid, attention_map, attention_view
+    from sinklens.views import attention_grid, attention_map, attention_view
     from sinklens.vocabulary import NamedTokens, named_tokens
 
 __version__ = "0.1.0"
@@ -116,8 +119,8 @@ _HOMES = {
     "Subject": "decomposition",
     "Sweep": "sweep_result",
     "Thresholds": "lives",
-    "TokenView": "views",
-    "Tokens": "tokens",
+    "TokenView": "circuitsvis_view",
+    "Tokens": "loading",
     "TwoByTwo": "two_by_two",
     "UnsupportedModelError": "errors",
     "Verdict": "verdicts",
@@ -138,10 +141,10 @@ _HOMES = {
     "flash": "flash_context",
     "head_activity": "dormant",
     "image_map": "image_plots",
-    "jacobian_norms": "mixing_sweeps",
+    "jacobian_norms": "pair_norms",
     "load_images": "images",
     "load_model": "models",
-    "load_tokens": "tokens",
+    "load_tokens": "loading",
     "matched_damage": "damage",
     "measure_collapse": "collapse",
     "measure_mixing": "mixing",

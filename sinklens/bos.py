@@ -20,12 +20,13 @@ from sinklens.attention import attention_hook, block_input, block_output, groupe
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
+from sinklens.loading import as_tokens, load_tokens
 from sinklens.places import Place, Places
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
 from sinklens.selection import Layers, select
 from sinklens.sink_edit import same_vector
-from sinklens.tokens import Tokens, as_tokens, load_tokens
+from sinklens.tokens import Tokens
 
 SITES = ("resid_pre", "resid_post", "k", "v", "mlp_out", "attn_out")
 Source = str | int | Sequence[str] | Tensor | Tokens | Mapping[str, Tensor] | ActivationCache

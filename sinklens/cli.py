@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from sinklens.catalogue import CATALOGUE, DEFAULT_MODEL
 from sinklens.cli_check import check
 from sinklens.cli_common import (
     Context,
@@ -37,7 +38,6 @@ from sinklens.cli_reproduce import reproduce
 from sinklens.cli_stream import stream
 from sinklens.cli_sweep import app as sweep_app
 from sinklens.cli_trace import trace
-from sinklens.embedded import CATALOGUE, DEFAULT_MODEL
 from sinklens.errors import BadInputError
 
 app = typer.Typer(

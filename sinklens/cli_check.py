@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import friendly, plain, say_written, stdout
-from sinklens.embedded import DEFAULT_MODEL
 from sinklens.errors import BadInputError
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import (
     Context,
     CorpusOption,
@@ -26,7 +27,6 @@ from sinklens.cli_common import (
     source_of,
     stdout,
 )
-from sinklens.embedded import DEFAULT_MODEL
 from sinklens.errors import BadInputError
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import (
     Context,
     CorpusOption,
@@ -21,7 +22,6 @@ from sinklens.cli_common import (
     source_of,
     stdout,
 )
-from sinklens.embedded import DEFAULT_MODEL
 
 
 @friendly

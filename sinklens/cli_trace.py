@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import (
     Context,
     CorpusOption,
@@ -27,7 +28,6 @@ from sinklens.cli_common import (
     stdout,
 )
 from sinklens.cli_interventions import KINDS
-from sinklens.embedded import DEFAULT_MODEL
 from sinklens.errors import BadInputError
 
 

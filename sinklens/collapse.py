@@ -33,12 +33,13 @@ from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.forward import numbered
 from sinklens.jupyter import ShownInJupyter
+from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.statistics import summary
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

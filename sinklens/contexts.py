@@ -13,11 +13,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.arguments import public
 from sinklens.errors import BadInputError, SinklensWarning
 from sinklens.lives import Thresholds
+from sinklens.loading import load_tokens
 from sinklens.plain import PlainModel
 from sinklens.scores import sink_scores
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import from_scores
-from sinklens.tokens import Tokens, load_tokens
+from sinklens.tokens import Tokens
 
 CONTEXTS = ("natural", "shuffled", "random", "repeat")
 

@@ -20,9 +20,10 @@ from sinklens.components import writing_hook
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError
 from sinklens.jupyter import ShownInJupyter
+from sinklens.loading import as_tokens
 from sinklens.metrics import token_loss
 from sinklens.proof import capabilities
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 KINDS = ("noise", "mlp")
 STEPS = 14

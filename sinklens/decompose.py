@@ -18,17 +18,18 @@ from sinklens.controls import slots
 from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
 from sinklens.errors import BadInputError
 from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
+from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.mean_inputs import gather_means
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import capabilities, same_model
-from sinklens.reference import DEFAULT_SEQUENCES, sinks_of
+from sinklens.reference import sinks_of
 from sinklens.refusals import refuse_half_precision, refuse_unless_softmax
 from sinklens.score_terms import PARAMETERS
 from sinklens.selection import Layers, select
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.taking_apart import Reading
-from sinklens.tokens import Tokens, as_tokens, load_tokens
+from sinklens.tokens import Tokens
 from sinklens.two_by_two import Claims, TwoByTwo
 
 

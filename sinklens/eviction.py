@@ -20,6 +20,7 @@ from sinklens.arguments import public, public_methods
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning
 from sinklens.jupyter import ShownInJupyter
+from sinklens.loading import as_tokens
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.rolling import check_recent
@@ -27,7 +28,7 @@ from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.statistics import summary
 from sinklens.streaming_losses import bin_rows, sequence_losses
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -18,6 +18,7 @@ from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelErro
 from sinklens.flash_backend import Flash
 from sinklens.flash_scores import choose_backend
 from sinklens.hooks import Hooks
+from sinklens.loading import as_tokens
 from sinklens.measuring import groups, measure
 from sinklens.metrics import METRICS, Metric
 from sinklens.models import untrained_twin
@@ -28,7 +29,7 @@ from sinklens.proof import capabilities, same_model
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.store import Store
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 Intervention = Sequence[tuple[Any, Callable[..., Any]]] | Callable[[Tokens], Hooks]
 

@@ -36,12 +36,13 @@ from sinklens.forward import Forward
 from sinklens.importance import FAR
 from sinklens.jupyter import ShownInJupyter
 from sinklens.kernels import Block, View, blocked, dense_scores, fused, fused_takes, grouped, without
+from sinklens.loading import as_tokens
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import Capabilities, capabilities
 from sinklens.refusals import refuse_unless_softmax
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -92,7 +93,7 @@ class AttentionStatistics(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Layer x head heat map of the mean mass of S; hover shows margin and competitor-free margin."""
-        from sinklens.plots import statistics_map
+        from sinklens.head_figures import statistics_map
 
         return statistics_map(self)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sinklens.arguments import public, public_methods
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.plain import PlainCapabilities, PlainModel
-from sinklens.tokens import Tokens, reads_images
+from sinklens.tokens import STORED, Tokens, reads_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,6 +163,9 @@ def images_from_parts(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Image
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
     )
+
+
+STORED["pictures"] = images_from_parts
 
 
 @public

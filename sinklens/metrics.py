@@ -13,8 +13,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.arguments import public
 from sinklens.errors import BadInputError
 from sinklens.forward import numbered
+from sinklens.loading import as_tokens
 from sinklens.predictions import check_masking, drawn, predictions
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 
 @public

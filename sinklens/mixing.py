@@ -28,11 +28,12 @@ from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
+from sinklens.loading import as_tokens
 from sinklens.mixing_result import INDICES, Mixing, MixingComparison
 from sinklens.mixing_setup import BASE, Conditions, Sinks, conditions_of, sinks_of
 from sinklens.models import untrained_twin
 from sinklens.proof import capabilities
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 MOST = 128
 ROUTES = ("auto", "forward", "reverse")

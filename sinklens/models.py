@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.image_processing_base import ImageProcessingMixin
 
 from sinklens.arguments import public, shortened
-from sinklens.embedded import CATALOGUE, convert_gguf, fetch, quiet_transformers
+from sinklens.catalogue import CATALOGUE
+from sinklens.embedded import convert_gguf, fetch, quiet_transformers
 from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.offload import check_device, input_device, offloaded
 from sinklens.plain import PlainModel

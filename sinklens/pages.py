@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -14,10 +14,6 @@ from jinja2 import Environment, PackageLoader
 
 from sinklens.tokens import Tokens
 
-if TYPE_CHECKING:
-    from sinklens.scores import SinkScores
-
-STRIP_TOKENS = 160
 _PACKAGES = ("sinklens", "transformer-lens", "transformers", "torch", "numpy")
 
 
@@ -50,21 +46,3 @@ def html_table(frame: pd.DataFrame) -> str:
     """An HTML table with short numbers, without empty columns; text escaped by pandas."""
     known = frame.dropna(axis=1, how="all")
     return known.to_html(index=False, border=0, na_rep="", float_format=lambda value: f"{value:.4f}")
-
-
-def text_strip(scores: SinkScores, sequence: int, most: int = STRIP_TOKENS) -> list[dict[str, Any]]:
-    """The first tokens of one sequence with the shade of each: its mean beta, None where beta is undefined."""
-    alpha = scores.alpha[sequence].double().mean((0, 1))
-    beta = scores.beta[sequence].double().nanmean((0, 1))
-    strip = []
-    for p, label in enumerate(scores.tokens.labels[sequence][:most]):
-        strength = None if beta[p].isnan() else min(1.0, 2.5 * float(beta[p]))
-        strip.append(
-            {
-                "text": label.replace("\n", "\u21b5") or "\u00b7",
-                "breaks": "\n" in label,
-                "hover": f"position {p}, alpha {float(alpha[p]):.3f}, beta {float(beta[p]):.3f}",
-                "shade": strength,
-            }
-        )
-    return strip

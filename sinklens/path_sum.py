@@ -41,6 +41,7 @@ from sinklens.forward import numbered
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
 from sinklens.jupyter import ShownInJupyter
+from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Sinks, sinks_of
 from sinklens.offload import refuse_offloaded
 from sinklens.proof import capabilities, has_hook
@@ -48,7 +49,7 @@ from sinklens.refusals import refuse_half_precision
 from sinklens.results import atomic_path
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 from sinklens.torch_globals import forward_mode
 
 if TYPE_CHECKING:

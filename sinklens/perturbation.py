@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,15 +31,13 @@ from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import EMBED
+from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Conditions, Places, Sinks, conditions_of, sinks_of
 from sinklens.perturbation_result import Perturbation, Swap, others
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 from sinklens.vocabulary import vocabulary
-
-if TYPE_CHECKING:
-    pass
 
 SWAPS = 100
 MOST_ROWS = 8  # swaps of a sequence in one forward, beside the sequence itself

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sinklens.arguments import public
 from sinklens.cache import build_folder, cache_dir, is_complete
-from sinklens.embedded import Wheel, fetch_wheel, wheel_path
+from sinklens.catalogue import Wheel
+from sinklens.embedded import fetch_wheel, wheel_path
 
 NAMES = ("astronaut", "chelsea", "coffee")
 _WHEEL = Wheel(

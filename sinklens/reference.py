@@ -25,15 +25,15 @@ from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import hooked
 from sinklens.forward import Forward
+from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.partition import Partition
 from sinklens.places import Places, find_places
 from sinklens.proof import Capabilities, capabilities
 from sinklens.running import run_blocks
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
-from sinklens.tokens import Tokens, as_tokens, load_tokens
+from sinklens.tokens import Tokens
 
-DEFAULT_SEQUENCES = 16
 KEPT = 4  # references per model
 BINS = 24  # floor(log2(n)) of up to 16 million visible keys
 LONGEST_TABLE = 2048  # positions that a predicate may reach

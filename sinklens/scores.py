@@ -22,12 +22,13 @@ from sinklens.flash_backend import busy
 from sinklens.flash_scores import choose_backend, flash_scores, only
 from sinklens.importance import by_position, column_means, never_far, visibility
 from sinklens.jupyter import ShownInJupyter
+from sinklens.loading import as_tokens
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.proof import Capabilities, capabilities, record
 from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.statistics import interval
-from sinklens.tokens import Tokens, as_tokens, check_positions
+from sinklens.tokens import Tokens, check_positions
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -173,7 +174,7 @@ class SinkScores(ShownInJupyter, table="position_table"):
 
     def plot(self, position: int = 0, epsilon: float = 0.3) -> Figure:
         """Layer x head heat map of alpha at a position; hover shows alpha, beta and the sink rate."""
-        from sinklens.plots import head_map
+        from sinklens.score_figures import head_map
 
         return head_map(self, position, epsilon)
 
@@ -187,7 +188,7 @@ class SinkScores(ShownInJupyter, table="position_table"):
 
     def plot_positions(self, sequence: int = 0, columns: int | None = None) -> Figure:
         """Layer x position heat map of one sequence, or of its first ``columns`` tokens: where the sinks are."""
-        from sinklens.plots import position_map
+        from sinklens.score_figures import position_map
 
         return position_map(self, sequence, columns)
 

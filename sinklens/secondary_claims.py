@@ -16,6 +16,7 @@ import pandas as pd
 
 from sinklens.arguments import public
 from sinklens.components import component_name
+from sinklens.doses import dose_table, of_kind, sink_label
 from sinklens.errors import BadInputError
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.statistics import rank_correlation
@@ -41,7 +42,7 @@ def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
     for one, writer in _written(trace, kind):
         at = one.components.index(writer)
         rows.append(
-            _label(one)
+            sink_label(one)
             | {
                 "writer": component_name(writer),
                 "share": one.share(writer),
@@ -87,7 +88,7 @@ def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
     for one, writer in _written(trace, kind):
         masses = trace.sinks[one.sink].masses[one.phase.onset : one.phase.end + 1]
         rows.append(
-            _label(one)
+            sink_label(one)
             | {"writer": component_name(writer), "norm": float(one.norms[one.components.index(writer)])}
             | {"rho": one.rho, "mass": sum(masses) / len(masses), "life": len(masses)}
         )
@@ -123,29 +124,6 @@ def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
         pd.DataFrame(rows),
         "both correlations above 0 within the writing layer",
     )
-
-
-def dose_table(trace: SinkTrace, kind: str | None = None) -> list[dict[str, Any]]:
-    """One row per (phase, dose) of its main writer's output, the unedited one as dose 1: alpha, life, margin, rho."""
-    rows = []
-    for one in _of_kind(trace, kind):
-        mine = [r for r in trace.causes if (r["trace"], r["phase"]) == (one.sink, one.number)]
-        writers = one.writers()
-        if not mine or not writers:
-            continue
-        writer = max(writers, key=one.share)
-        dosed = [r for r in mine if (r["component"], r["layer"]) == writer and r["replacement"].startswith("x ")]
-        known = [(float(r["replacement"].removeprefix("x ")), r) for r in dosed if r["at"] == "sink"]
-        if not known:
-            continue
-        first = known[0][1]
-        clean = {name: first[name] - first[f"d_{name}"] for name in ("alpha", "life", "margin", "rho")}
-        known = [(d, r) for d, r in known if d != 1]
-        rows += [
-            _label(one) | {"writer": component_name(writer), "dose": dose} | {name: row[name] for name in clean}
-            for dose, row in sorted([*known, (1.0, clean)], key=lambda pair: pair[0])
-        ]
-    return rows
 
 
 @public
@@ -265,25 +243,16 @@ def _clusters(counts: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
     return found
 
 
-def _of_kind(trace: SinkTrace, kind: str | None) -> list[Traced]:
-    return [one for one in trace.traced if kind is None or one.kind == kind]
-
-
 def _written(trace: SinkTrace, kind: str) -> list[tuple[Traced, Any]]:
     """Every phase with the MLP that has the largest share in it, a writer or not."""
     found = []
-    for one in _of_kind(trace, kind):
+    for one in of_kind(trace, kind):
         mlps = [(share, component) for component, share in one.shares() if component[0] == "mlp"]
         if mlps and max(mlps)[0] > 0:
             found.append((one, max(mlps)[1]))
     if not found:
         raise BadInputError(f"no MLP writes a {kind} sink in this trace")
     return found
-
-
-def _label(one: Traced) -> dict[str, Any]:
-    label = {"sequence": one.sequence, "document": one.document, "position": one.position, "token": one.token}
-    return label | {"kind": one.kind, "phase": one.number}
 
 
 def _documents(rows: Sequence[dict[str, Any]]) -> list[int]:

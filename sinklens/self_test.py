@@ -34,6 +34,7 @@ from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.images import Images, load_images
 from sinklens.jupyter import ShownInJupyter
+from sinklens.loading import as_tokens, load_tokens
 from sinklens.plain import PlainModel
 from sinklens.proof import record
 from sinklens.results import atomic_path
@@ -44,7 +45,7 @@ from sinklens.selftest import head_checks as heads
 from sinklens.selftest import mixing_checks as mixing
 from sinklens.selftest import plain_checks as plain
 from sinklens.selftest.subject import LENGTH, Parts, Subject
-from sinklens.tokens import Tokens, as_tokens, load_tokens
+from sinklens.tokens import Tokens
 from sinklens.vocabulary import vocabulary
 
 CHECKS: dict[str, Callable[[Subject, Parts], None]] = {

@@ -24,7 +24,7 @@ from sinklens.tokens import Tokens
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from sinklens.views import TokenView
+    from sinklens.circuitsvis_view import TokenView
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class SinkMap(ShownInJupyter):
 
     def token_view(self, sequence: int = 0) -> TokenView:
         """The text of one sequence, coloured by mass at a layer that the reader picks (circuitsvis, offline)."""
-        from sinklens.views import token_view
+        from sinklens.token_view import token_view
 
         return token_view(self, sequence)
 

@@ -16,12 +16,13 @@ from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelErro
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
 from sinklens.lives import activity as active_where
+from sinklens.loading import as_tokens
 from sinklens.plain import PlainModel
 from sinklens.proof import Capabilities, record, same_model
 from sinklens.residuals import direction_activity, wong_sequences
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.sinkmap import Sink, SinkMap, assemble
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 METHODS = ("attention", "direction", "wong")
 SUSPICIOUS_SHARE = 0.05

@@ -21,13 +21,14 @@ from sinklens.console import progress_bar
 from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_context import flash
 from sinklens.jupyter import ShownInJupyter
+from sinklens.loading import as_tokens
 from sinklens.predictions import UNEMBED, predictions, scored_logits
 from sinklens.proof import capabilities
 from sinklens.results import load_tensors, save_tensors
 from sinklens.rolling import Kept, streaming_attention
 from sinklens.sinkmap import SinkMap
 from sinklens.statistics import summary
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

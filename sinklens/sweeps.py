@@ -29,6 +29,7 @@ from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import hooked
 from sinklens.forward import READERS, numbered
 from sinklens.hooks import Hooks
+from sinklens.loading import as_tokens
 from sinklens.metrics import METRICS, token_metrics
 from sinklens.models import has_trained_head
 from sinklens.pattern_edit import delegates
@@ -36,7 +37,7 @@ from sinklens.places import Sinks, find_places
 from sinklens.predictions import drawn, scored_logits
 from sinklens.proof import capabilities
 from sinklens.sweep_result import Sweep
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 
 OVER = ("layer", "head", "layer-head", "dose")
 DOSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)

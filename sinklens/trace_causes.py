@@ -18,7 +18,7 @@ from sinklens.trace_rows import Row, check_writing, run_rows
 from sinklens.traced import WRITER, Traced
 
 if TYPE_CHECKING:
-    from sinklens.trace import Looked
+    from sinklens.gathered import Looked
 
 PART = 0.05  # of what is written: components that are replaced together to unmake a sink
 AFTER = 3  # layers behind a phase in which an eraser's replacement is judged

@@ -10,9 +10,9 @@ from plotly.subplots import make_subplots
 
 from sinklens.circuit import layout
 from sinklens.components import component_name
+from sinklens.doses import dose_table
 from sinklens.errors import BadInputError
 from sinklens.plots import ACCENT, INK, MUTED, escape_hover, themed
-from sinklens.secondary_claims import dose_table
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -16,61 +13,19 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
+from sinklens.arguments import public
 from sinklens.attention import attention_hook
+from sinklens.circuitsvis_view import LONGEST_VIEW, TokenView, offline_view, safe_labels, visible_token
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.loading import as_tokens
 from sinklens.plots import SCALE, escape_hover, themed
 from sinklens.proof import Capabilities, capabilities
-from sinklens.results import write_text
 from sinklens.running import collect
-from sinklens.tokens import Tokens, as_tokens
+from sinklens.tokens import Tokens
 from sinklens.visibility import allowed_keys
 
-if TYPE_CHECKING:
-    from sinklens.sinkmap import SinkMap
-
-LONGEST_VIEW = 128
 LONGEST_GRID = 64
 KINDS = ("probabilities", "logits")
-_JOINER = "\u2060"  # has no width; behind '<' and '&' it lets no tag and no entity begin
-_LESS_THAN = "\ue000"  # stands for '<' until the page is written: circuitsvis does not escape it inside its script
-
-
-@public_methods
-@dataclass(frozen=True)
-class TokenView:
-    """A circuitsvis view that works offline: it shows itself in a notebook, or :meth:`save` it as a page."""
-
-    html: str
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the view as a page of its own."""
-        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{self.html}</body></html>\n')
-        return Path(path)
-
-
-def token_view(sinks: SinkMap, sequence: int = 0) -> TokenView:
-    """The text of one sequence, coloured by mass (mean far importance over heads); the reader picks the layer.
-
-    Raises:
-        BadInputError: more than 128 tokens (the page would take minutes to draw), or no such sequence.
-    """
-    from circuitsvis.tokens import colored_tokens_multi
-
-    if not 0 <= sequence < len(sinks.tokens):
-        raise BadInputError(f"sequence {sequence} is out of range: there are {len(sinks.tokens)}")
-    labels = sinks.tokens.labels[sequence]
-    if len(labels) > LONGEST_VIEW:
-        raise BadInputError(
-            f"token_view draws up to {LONGEST_VIEW} tokens, this sequence has {len(labels)}; use plot()"
-        )
-    mass = sinks.mass[sequence, :, : len(labels)].nan_to_num(0.0)
-    names = [f"layer {layer}" for layer in range(sinks.n_layers)]
-    return _offline(colored_tokens_multi(_hidden(labels), mass.T.contiguous(), labels=names))
 
 
 @public
@@ -92,23 +47,10 @@ def attention_view(
     heads = [f"layer {layer}, head {head}" for head in range(facts.n_heads)]
     rounded = [[[round(value, 4) for value in row] for row in head] for head in weights.tolist()]
     drawn = attention_heads(
-        rounded, _hidden(one.labels[0]), attention_head_names=heads, max_value=1.0, min_value=0.0,
+        rounded, safe_labels(one.labels[0]), attention_head_names=heads, max_value=1.0, min_value=0.0,
         mask_upper_tri=facts.causal,
     )  # fmt: skip
-    return _offline(drawn)
-
-
-def _hidden(labels: Sequence[str]) -> list[str]:
-    """Tokens as circuitsvis may write them into its script and, as it does with tokens, take them for HTML."""
-    shown = (_visible_token(label).replace("&", f"&{_JOINER}") for label in labels)
-    return [label.replace("<", f"{_LESS_THAN}{_JOINER}") for label in shown]
-
-
-def _offline(drawn: Any) -> TokenView:
-    """What circuitsvis drew, with its script inside and every '<' of a token escaped."""
-    script, call = str(drawn.local_src).rsplit("CircuitsVis.render(", 1)
-    escaped = call.replace(r"\ue000", r"\u003c")
-    return TokenView(f"{script}CircuitsVis.render({escaped}".replace('margin: 15px 0;"/>', 'margin: 15px 0;"></div>'))
+    return offline_view(drawn)
 
 
 @public
@@ -227,12 +169,8 @@ def _one_sequence(model: TransformerBridge, text: Any, sequence: int, longest: i
     return one
 
 
-def _visible_token(label: str) -> str:
-    return label.replace("\n", "\u21b5") or "\u00b7"
-
-
 def _axis_labels(labels: Sequence[str]) -> list[str]:
-    return [escape_hover(_visible_token(label)) for label in labels]
+    return [escape_hover(visible_token(label)) for label in labels]
 
 
 def _token_axis(labels: list[str]) -> dict[str, Any]:

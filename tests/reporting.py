@@ -12,8 +12,8 @@ import torch
 from planted import X, Y, planted_model, row
 
 import sinklens as sl
+from sinklens.loading import as_tokens
 from sinklens.report.sizes import QUICK
-from sinklens.tokens import as_tokens
 
 LAYERS = 6
 LENGTH = 56

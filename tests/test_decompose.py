@@ -21,10 +21,10 @@ from sinklens.attention import attention_hook
 from sinklens.components import EMBEDDINGS, ENDS, INSIDE, Contributions
 from sinklens.decomposition import NUMBERS
 from sinklens.head_inputs import read_layers
+from sinklens.loading import as_tokens
 from sinklens.proof import has_hook
 from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS
 from sinklens.stream_parts import flat
-from sinklens.tokens import as_tokens
 
 FAMILIES = ("gpt2", "llama", "qwen2", "neox", "phi3", "gemma2", "gemma3", "gpt-oss", "bert")
 OTHERS = ("falcon", "bloom", "opt", "roberta", "qwen3", "olmo2", "mistral", "mixtral", "gpt-neo")

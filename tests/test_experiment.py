@@ -16,11 +16,11 @@ from torch import Tensor
 import sinklens as sl
 from sinklens import measuring
 from sinklens.controls import CONTROLS
+from sinklens.loading import as_tokens
 from sinklens.places import Place, Places
 from sinklens.plan import Plan
 from sinklens.predictions import predictions
 from sinklens.proof import capabilities
-from sinklens.tokens import as_tokens
 
 
 @pytest.fixture(scope="module")

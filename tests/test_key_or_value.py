@@ -15,8 +15,8 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.key_or_value import _by_forwards, embedding_changes, shortened
+from sinklens.loading import as_tokens
 from sinklens.places import Place, Places, find_places
-from sinklens.tokens import as_tokens
 from sinklens.two_by_two import CELLS, Claims, TwoByTwo, shapley
 
 X, ORDINARY, SIZE = 3, range(4, 12), 16

@@ -15,8 +15,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.components import Component
+from sinklens.loading import as_tokens
 from sinklens.neurons import Neurons
-from sinklens.tokens import as_tokens
 from sinklens.traced import Phase, Traced
 
 LENGTH, AT, WIDTH = 60, 5, 32

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.collapse import MEASURES, ROWS
+from sinklens.loading import as_tokens
 from sinklens.residuals import wong_sequences
-from sinklens.tokens import as_tokens
 
 DECODERS = ("gpt2", "llama", "qwen2", "neox")
 EVERYWHERE = (*DECODERS, "bert", "gemma2")

@@ -15,9 +15,9 @@ from test_ablate import planted_map
 from torch import Tensor
 
 import sinklens as sl
+from sinklens.loading import as_tokens
 from sinklens.perturbation import perturbation_spread, swap_changes
 from sinklens.perturbation_result import Perturbation, Swap
-from sinklens.tokens import as_tokens
 
 LENGTH = 9
 SINKS = (0, 3)

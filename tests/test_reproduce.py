@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import sinklens as sl
 from sinklens.cli import app
+from sinklens.loading import as_tokens
 from sinklens.reproductions import CATALOGUE, ORIGINALS, Above, Below, Claim, Equals, Quantity, Subject, verdict
 from sinklens.reproductions.claims import measured
 from sinklens.reproductions.gu import first_token_norms, moved_positions
@@ -22,7 +23,6 @@ from sinklens.reproductions.massive import first_massive_layer
 from sinklens.reproductions.originals import subject_of
 from sinklens.reproductions.ran_milo import bias_logits, without_query_bias
 from sinklens.reproductions.wong import _count
-from sinklens.tokens import as_tokens
 
 
 @pytest.fixture(scope="module")

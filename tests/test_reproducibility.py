@@ -25,10 +25,10 @@ import sinklens as sl
 from sinklens.contexts import shuffle
 from sinklens.damage import damage
 from sinklens.lab import train
+from sinklens.loading import as_tokens
 from sinklens.selftest.cause_checks import MANY, made
 from sinklens.selftest.subject import LENGTH, Subject
 from sinklens.streaming import eviction_study
-from sinklens.tokens import as_tokens
 
 
 def fingerprint(value: Any) -> str:

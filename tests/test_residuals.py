@@ -10,8 +10,8 @@ from architectures import build_pair, random_rows
 
 import sinklens as sl
 from sinklens.lives import Thresholds
+from sinklens.loading import as_tokens
 from sinklens.residuals import direction_criterion, wong_detect, wong_label, wong_level, wong_sequences
-from sinklens.tokens import as_tokens
 
 
 def states_with_sinks(layers: int = 40, length: int = 30, d: int = 16) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 import sinklens as sl
 from sinklens.components import Component
-from sinklens.secondary_claims import dose_table
+from sinklens.doses import dose_table
 from sinklens.sinkmap import Sink
 from sinklens.statistics import interval
 from sinklens.traced import Phase, Traced

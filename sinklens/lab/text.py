@@ -16,8 +16,9 @@ from jaxtyping import Integer
 from transformers import AutoTokenizer
 
 from sinklens.arguments import public
+from sinklens.catalogue import CATALOGUE
 from sinklens.corpora import read_corpus
-from sinklens.embedded import CATALOGUE, fetch
+from sinklens.embedded import fetch
 from sinklens.errors import BadInputError
 from sinklens.lab.tasks import Batch
 from sinklens.results import atomic_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from sinklens.embedded import CATALOGUE
+from sinklens.catalogue import CATALOGUE
 from sinklens.proof import record
 from sinklens.report.stages import STAGES, Material
 from sinklens.statistics import MIN_DOCUMENTS

@@ -6,10 +6,10 @@ import pandas as pd
 
 from sinklens.decompose_page import CAPTIONS as DECOMPOSED
 from sinklens.mixing_page import CAPTIONS as MIXED
-from sinklens.plots import layer_profile
 from sinklens.report import story
 from sinklens.report.content import Plot, Section, Sheet
 from sinklens.report.stages import KINDS, STAGES, Material
+from sinklens.score_figures import layer_profile
 from sinklens.trace_page import CAPTION as TRACED
 from sinklens.trace_page import CIRCUIT, NEURONS
 from sinklens.trace_plots import share_bars

@@ -7,9 +7,10 @@ from typing import Any
 
 from sinklens.errors import BadInputError
 from sinklens.importance import FAR, MIN_FAR_QUERIES
+from sinklens.loading import load_tokens
 from sinklens.proof import record
 from sinklens.statistics import MIN_DOCUMENTS
-from sinklens.tokens import Tokens, load_tokens
+from sinklens.tokens import Tokens
 
 
 @dataclass(frozen=True)

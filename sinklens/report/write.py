@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.arguments import public
 from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.loading import as_tokens
 from sinklens.models import load_model
 from sinklens.plain import PlainModel
 from sinklens.proof import record
@@ -29,7 +30,7 @@ from sinklens.report.stages import Material
 from sinklens.report.story import finding
 from sinklens.report.tables import write_tables
 from sinklens.results import write_text
-from sinklens.tokens import Tokens, as_tokens, reads_images
+from sinklens.tokens import Tokens, reads_images
 
 
 @public

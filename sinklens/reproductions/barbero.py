@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sinklens.errors import BadInputError
+from sinklens.loading import load_tokens
 from sinklens.perturbation import perturbation_spread
 from sinklens.perturbation_result import Perturbation
 from sinklens.reproductions.claims import (
@@ -27,7 +28,6 @@ from sinklens.reproductions.claims import (
 from sinklens.reproductions.gu import per_sequence
 from sinklens.reproductions.originals import Subject
 from sinklens.scores import sink_scores
-from sinklens.tokens import load_tokens
 from sinklens.variants import bos_variants
 from sinklens.vocabulary import vocabulary
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sinklens.attention import attention_hook, block_output, by_head, scored_points
+from sinklens.loading import load_tokens
 from sinklens.proof import capabilities
 from sinklens.reproductions.claims import (
     Above,
@@ -25,7 +26,7 @@ from sinklens.reproductions.claims import (
 from sinklens.reproductions.originals import Subject
 from sinklens.running import collect
 from sinklens.scores import SinkScores, sink_scores
-from sinklens.tokens import Tokens, load_tokens
+from sinklens.tokens import Tokens
 
 PAPER = "Gu et al. 2025, When Attention Sink Emerges in Language Models (2410.10781)"
 EPSILON, LENGTH, SEQUENCES = 0.3, 64, 100

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinklens.loading import load_tokens
 from sinklens.reproductions.claims import Above, Claim, Entry, Quantity, Setting, exactly, measured, missing
 from sinklens.reproductions.originals import Subject
 from sinklens.scores import sink_scores
 from sinklens.streaming_losses import streaming_loss
-from sinklens.tokens import Tokens, load_tokens
+from sinklens.tokens import Tokens
 from sinklens.vocabulary import vocabulary
 
 PAPER = "Xiao et al. 2024, Efficient Streaming Language Models with Attention Sinks (2309.17453)"

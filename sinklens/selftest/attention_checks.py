@@ -20,6 +20,7 @@ from sinklens.flash_proof import unsupported
 from sinklens.head_statistics import attention_statistics
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
+from sinklens.loading import load_tokens
 from sinklens.metrics import token_loss
 from sinklens.proof import prove
 from sinklens.residuals import direction_criterion, wong_detect
@@ -27,7 +28,7 @@ from sinklens.scores import sink_scores
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
 from sinklens.selftest.written_out import visible
 from sinklens.sinks import compare_methods, find_sinks, from_scores
-from sinklens.tokens import Tokens, load_tokens
+from sinklens.tokens import Tokens
 from sinklens.views import attention_grid, attention_map
 from sinklens.vocabulary import named_tokens, vocabulary
 

@@ -13,7 +13,9 @@ from sinklens.attention import block_input
 from sinklens.components import Component, writing_hook
 from sinklens.decompose import decompose_sinks
 from sinklens.errors import BadInputError
+from sinklens.gathered import Looked
 from sinklens.importance import FAR
+from sinklens.loading import as_tokens
 from sinklens.neurons import writer_neurons
 from sinklens.planting import plant_sinks
 from sinklens.score_terms import BEYOND, SPLITS
@@ -21,8 +23,8 @@ from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import Layer, visible
 from sinklens.sinkmap import Sink
 from sinklens.subspace import writer_subspace
-from sinklens.tokens import Tokens, as_tokens
-from sinklens.trace import Looked, trace_sinks
+from sinklens.tokens import Tokens
+from sinklens.trace import trace_sinks
 from sinklens.trace_causes import Causes
 from sinklens.trace_result import SinkTrace
 from sinklens.traced import Phase, Traced

@@ -15,7 +15,8 @@ from sinklens.collapse import measure_collapse
 from sinklens.errors import SinklensWarning
 from sinklens.mixing import compare_mixing, measure_mixing
 from sinklens.mixing_result import Mixing
-from sinklens.mixing_sweeps import jacobian_norms, mixing_by_length
+from sinklens.mixing_sweeps import mixing_by_length
+from sinklens.pair_norms import jacobian_norms
 from sinklens.path_sum import path_sums
 from sinklens.perturbation import perturbation_spread
 from sinklens.selftest.naive_edit import naive_edit

@@ -15,6 +15,7 @@ from sinklens.errors import SinklensWarning
 from sinklens.flash_context import flash
 from sinklens.images import Images, load_images
 from sinklens.lives import Thresholds
+from sinklens.loading import load_tokens
 from sinklens.plain import PlainModel
 from sinklens.plain_backend import implementation, run_stack, watching
 from sinklens.plain_proof import prove_plain
@@ -24,7 +25,7 @@ from sinklens.selftest.attention_checks import between, naive_scores
 from sinklens.selftest.subject import LENGTH, Parts, Subject, gap
 from sinklens.sinks import compare_methods, find_sinks, from_scores
 from sinklens.states import model_inputs
-from sinklens.tokens import Tokens, load_tokens
+from sinklens.tokens import Tokens
 
 
 def pictures(count: int = 4) -> list[Any]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from sinklens.ablate import ablate_sinks
 from sinklens.bos import patch_bos
 from sinklens.errors import BadInputError
+from sinklens.loading import load_tokens
 from sinklens.residual_edits import ablate_residual
 from sinklens.swap import restrict_attention, swap_attention
 from sinklens.sweep.specs import FOUND, InterventionSpec, TextSpec, spec_of
-from sinklens.tokens import Tokens, load_tokens
+from sinklens.tokens import Tokens
 from sinklens.vocabulary import named_tokens
 
 if TYPE_CHECKING:
