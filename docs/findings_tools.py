@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from sinklens.results import write_text
+from sinklens.core.storage import write_text
 
 SECTIONS = ("interventions", "decompositions", "traces", "mixing", "lab", "images", "streaming")  # in the page's order
 MARKS = tuple(f"<!-- {name} -->" for name in SECTIONS)

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_interval_coverage import DISTRIBUTIONS  # noqa: E402
 
 import sinklens  # noqa: E402
+from sinklens.core.intervals import interval, rank_correlation  # noqa: E402
 from sinklens.jacobians import chi_square_interval  # noqa: E402
-from sinklens.statistics import interval, rank_correlation  # noqa: E402
 
 RUNS, RESAMPLES, SIZES = 2000, 999, (16, 24, 50)
 PROBES, NORMS, RANK_RUNS = 16, 20_000, 200
@@ -102,7 +102,7 @@ def main() -> None:
         "standard error).",
         "",
         "Every interval of a mean over documents is bootstrap-t, with at least 16 documents "
-        "(`sinklens.statistics.interval`: half a document of the sample's variance steadies every resample, and no "
+        "(`sinklens.core.intervals.interval`: half a document of the sample's variance steadies every resample, and no "
         "side is shorter than Student's). Its nominal coverage is 0.95. Beside it BCa (scipy) and Student's t on the "
         "same samples; widths are means over samples, relative to Student's, *widest* is the largest of ours in any "
         "one sample. *Constant*: samples in which all documents are equal. They give the point, which counts as a "

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 import sinklens as sl
+from sinklens.core.storage import write_text
 from sinklens.residuals import wong_label, wong_level
-from sinklens.results import write_text
 from sinklens.sinks import from_scores
 
 DECODERS = ("smollm2-135m", "gemma3-270m")

@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.components import component_name
-from sinklens.results import write_text
+from sinklens.core.storage import write_text
 from sinklens.sinks import from_scores
 from sinklens.verdicts import quantity
 

@@ -21,7 +21,7 @@ import nbformat
 import plotly.graph_objects as go
 from nbclient import NotebookClient
 
-from sinklens.results import write_text
+from sinklens.core.storage import write_text
 
 FOLDER = Path(__file__).parent
 FIGURE = "application/vnd.plotly.v1+json"

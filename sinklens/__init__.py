@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from sinklens.circuitsvis_view import TokenView
     from sinklens.collapse import Collapse, measure_collapse
     from sinklens.contexts import compare_contexts
+    from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.damage import MatchedDamage, matched_damage
     from sinklens.decompose import decompose_sinks
     from sinklens.decompose_page import write_decomposition
     from sinklens.decomposition import SinkDecomposition, Subject
     from sinklens.dormant import HeadActivity, head_activity
-    from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
     from sinklens.flash_backend import Flash
@@ -86,7 +86,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "anatomy",
     "AttentionStatistics": "head_statistics",
-    "BadInputError": "errors",
+    "BadInputError": "core.errors",
     "BosVariants": "variants",
     "Capabilities": "proof",
     "Claims": "two_by_two",
@@ -114,15 +114,15 @@ _HOMES = {
     "SinkMap": "sinkmap",
     "SinkScores": "scores",
     "SinkTrace": "trace_result",
-    "SinklensError": "errors",
-    "SinklensWarning": "errors",
+    "SinklensError": "core.errors",
+    "SinklensWarning": "core.errors",
     "Subject": "decomposition",
     "Sweep": "sweep_result",
     "Thresholds": "lives",
     "TokenView": "circuitsvis_view",
     "Tokens": "loading",
     "TwoByTwo": "two_by_two",
-    "UnsupportedModelError": "errors",
+    "UnsupportedModelError": "core.errors",
     "Verdict": "verdicts",
     "ablate_residual": "residual_edits",
     "ablate_sinks": "ablate",

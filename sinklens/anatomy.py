@@ -37,20 +37,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
 from sinklens.attention import attention_hook, block_input, by_head, output_weights, scored_points, value_bias
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import atomic_path
+from sinklens.core.validation import public, public_methods
+from sinklens.core.visibility import allowed_keys
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.jupyter import ShownInJupyter
 from sinklens.proof import Capabilities, capabilities, same_model
 from sinklens.refusals import refuse_unless_softmax
-from sinklens.results import atomic_path
 from sinklens.running import run_blocks
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.states import typical_mean
 from sinklens.tokens import Tokens
-from sinklens.visibility import allowed_keys
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

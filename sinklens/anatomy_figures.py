@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.plots import escape_hover, themed
 
 if TYPE_CHECKING:

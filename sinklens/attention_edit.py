@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
 from sinklens.forward import Forward
 
 

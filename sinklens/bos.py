@@ -15,9 +15,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.attention import attention_hook, block_input, block_output, grouped_by_head, unrotated_keys
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.loading import as_tokens, load_tokens

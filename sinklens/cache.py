@@ -15,8 +15,8 @@ import platformdirs
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from sinklens.errors import SinklensError
-from sinklens.results import write_text
+from sinklens.core.errors import SinklensError
+from sinklens.core.storage import write_text
 
 
 def cache_dir() -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from sinklens.components import Component, component_name
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 if TYPE_CHECKING:
     from sinklens.neurons import Neurons

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sinklens.arguments import public_methods
-from sinklens.results import write_text
+from sinklens.core.storage import write_text
+from sinklens.core.validation import public_methods
 
 LONGEST_VIEW = 128
 _JOINER = "\u2060"  # has no width; behind '<' and '&' it lets no tag and no entity begin

@@ -38,7 +38,7 @@ from sinklens.cli_reproduce import reproduce
 from sinklens.cli_stream import stream
 from sinklens.cli_sweep import app as sweep_app
 from sinklens.cli_trace import trace
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 app = typer.Typer(
     help="Find attention sinks in real models.",

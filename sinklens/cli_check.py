@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import friendly, plain, say_written, stdout
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 
 @friendly

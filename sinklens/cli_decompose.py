@@ -27,7 +27,7 @@ from sinklens.cli_common import (
     stdout,
 )
 from sinklens.cli_interventions import KINDS, numbers
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 SHOWN = {
     "margin": "margin",

@@ -28,7 +28,7 @@ from sinklens.cli_common import (
     source_of,
     stdout,
 )
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 KINDS = ("all", "primary", "secondary")
 
@@ -114,7 +114,7 @@ def bos(
 ) -> None:
     """Keep, remove, replace, double or move the BOS (or first) token; patch its activations."""
     import sinklens as sl
-    from sinklens.results import atomic_path
+    from sinklens.core.storage import atomic_path
 
     check_out(out)
     chosen = numbers(layers, "layers")

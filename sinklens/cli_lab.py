@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from sinklens.cli_common import check_out, friendly, numbers_of, plain, say_written, stdout
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 if TYPE_CHECKING:
     from sinklens.lab.comparison import LabComparison

@@ -24,9 +24,9 @@ def reproduce(
     out: OutOption = None,
 ) -> None:
     """Measure published results again: published against measured, with interval and verdict."""
+    from sinklens.core.storage import write_text
     from sinklens.reproductions import CATALOGUE
     from sinklens.reproductions import reproduce as run
-    from sinklens.results import write_text
 
     check_out(out)
     if listed:

@@ -26,7 +26,7 @@ from sinklens.cli_common import (
     source_of,
     stdout,
 )
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 
 @friendly

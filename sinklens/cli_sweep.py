@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.cli_common import friendly, plain, say_written, stdout
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 app = typer.Typer(help="Run many jobs: models x texts x interventions x tasks x seeds.", no_args_is_help=True)
 SHOWN = 20

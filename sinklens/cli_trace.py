@@ -28,7 +28,7 @@ from sinklens.cli_common import (
     stdout,
 )
 from sinklens.cli_interventions import KINDS
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 
 @friendly

@@ -28,17 +28,17 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
+from sinklens.core.intervals import summary
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public, public_methods
 from sinklens.forward import numbered
 from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
 from sinklens.proof import capabilities
-from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
-from sinklens.statistics import summary
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.core.errors import BadInputError, SinklensWarning
+from sinklens.core.validation import public
 from sinklens.lives import Thresholds
 from sinklens.loading import load_tokens
 from sinklens.plain import PlainModel

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.places import Place, Places, apply_predicate
 from sinklens.sinkmap import SinkMap
 from sinklens.tokens import Tokens

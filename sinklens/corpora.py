@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from sinklens.arguments import shortened
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import shortened
 
 DEFAULT_SEQS = 16
 DATASET_DOCUMENTS = 2048

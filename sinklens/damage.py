@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.attention import block_input
 from sinklens.components import writing_hook
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public
 from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.metrics import token_loss

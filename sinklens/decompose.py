@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.console import progress_bar
 from sinklens.controls import slots
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public
 from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
-from sinklens.errors import BadInputError
 from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
 from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.mean_inputs import gather_means

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from sinklens.arguments import public
+from sinklens.core.storage import atomic_path, write_text
+from sinklens.core.validation import public
 from sinklens.decomposition import SinkDecomposition
 from sinklens.pages import html_table, manifest, render
-from sinklens.results import atomic_path, write_text
 from sinklens.score_terms import PARAMETERS
 
 CAPTIONS = {

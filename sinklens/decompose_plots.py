@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.plots import ACCENT, INK, themed
 from sinklens.score_terms import BEYOND, SPLITS
 

@@ -44,13 +44,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.anatomy import head_class
-from sinklens.arguments import public_methods
 from sinklens.components import Component, component_name
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import interval
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
-from sinklens.results import load_tensors, save_tensors
 from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS, SPLITS
-from sinklens.statistics import interval
 from sinklens.tokens import Tokens
 from sinklens.two_by_two import Claims, TwoByTwo
 

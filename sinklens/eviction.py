@@ -16,17 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.core.errors import BadInputError, SinklensWarning
+from sinklens.core.intervals import summary
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public, public_methods
 from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.proof import capabilities
-from sinklens.results import load_tensors, save_tensors
 from sinklens.rolling import check_recent
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
-from sinklens.statistics import summary
 from sinklens.streaming_losses import bin_rows, sequence_losses
 from sinklens.tokens import Tokens
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.flash_backend import Flash
 from sinklens.flash_scores import choose_backend
 from sinklens.hooks import Hooks

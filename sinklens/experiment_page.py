@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sinklens.arguments import public
+from sinklens.core.storage import atomic_path, write_text
+from sinklens.core.validation import public
 from sinklens.outcome import Experiment
 from sinklens.pages import html_table, manifest, render
-from sinklens.results import atomic_path, write_text
 
 
 @public

@@ -27,9 +27,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-from sinklens.arguments import turn
 from sinklens.attention import attention_hook
-from sinklens.errors import SinklensError, UnsupportedModelError
+from sinklens.core.errors import SinklensError, UnsupportedModelError
+from sinklens.core.validation import turn
 from sinklens.kernels import View, blocked, fused, fused_takes
 from sinklens.plain import PlainModel
 from sinklens.proof import capabilities, record

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.flash_backend import Flash, switched
 from sinklens.flash_proof import unsupported
 from sinklens.plain import PlainModel

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, block_output, either_backend
-from sinklens.errors import SinklensError
+from sinklens.core.errors import SinklensError
 from sinklens.flash_backend import Flash, hook_points, note_unheard, switched
 from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities, has_hook
 from sinklens.running import run_blocks

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, either_backend
-from sinklens.errors import BadInputError, SinklensError
+from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.flash_backend import Armed, hook_points, running
 from sinklens.proof import capabilities
 from sinklens.tokens import Tokens

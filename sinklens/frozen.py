@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
 
 PROBE = 1e3  # large beside any epsilon, small beside float32's limits
 TOLERANCE = 1e-3

@@ -28,7 +28,7 @@ from sinklens.attention import (
     score_scale,
     score_softcap,
 )
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
 from sinklens.frozen import FrozenNorm, Rotation, frozen_norm, identity_norm, rotations
 from sinklens.proof import Capabilities, capabilities, has_hook
 from sinklens.running import run_blocks

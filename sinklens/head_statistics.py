@@ -26,10 +26,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
 from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, value_bias
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public, public_methods
 from sinklens.flash_context import flash
 from sinklens.flash_scores import choose_backend
 from sinklens.forward import Forward
@@ -40,7 +41,6 @@ from sinklens.loading import as_tokens
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import Capabilities, capabilities
 from sinklens.refusals import refuse_unless_softmax
-from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
 from sinklens.tokens import Tokens
 

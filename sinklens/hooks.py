@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
 from sinklens.places import Places
 

@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import atomic_path, write_text
+from sinklens.core.validation import public
 from sinklens.image_plots import image_map
 from sinklens.images import Images
 from sinklens.pages import html_table, manifest, render
 from sinklens.registers import Registers
-from sinklens.results import atomic_path, write_text
 from sinklens.scores import SinkScores
 from sinklens.sinks import from_scores
 

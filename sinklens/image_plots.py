@@ -13,8 +13,8 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError, SinklensError
+from sinklens.core.errors import BadInputError, SinklensError
+from sinklens.core.validation import public
 from sinklens.images import Images
 from sinklens.plots import ACCENT, COLOURS, INK, MUTED, SCALE, band, escape_hover, themed
 

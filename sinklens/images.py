@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sinklens.arguments import public, public_methods
-from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
+from sinklens.core.validation import public, public_methods
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.tokens import STORED, Tokens, reads_images
 

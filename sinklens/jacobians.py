@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from sinklens.attention import attention_hook, block_input, block_output, original
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import hooked
 from sinklens.forward import numbered
 from sinklens.frozen import frozen_norm

@@ -16,7 +16,7 @@ from sinklens.ablate import ablate_sinks
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
 from sinklens.controls import slots
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.experiment import run_experiment
 from sinklens.flash_backend import hooked
 from sinklens.forward import numbered

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinklens.arguments import public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
 
 FEWEST_LAYERS_FOR_KINDS = 6

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
-from sinklens.errors import BadInputError, UnsupportedModelError
 from sinklens.images import as_images
 from sinklens.plain import PlainModel
 from sinklens.proof import record

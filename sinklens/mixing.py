@@ -24,9 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
 from sinklens.loading import as_tokens
 from sinklens.mixing_result import INDICES, Mixing, MixingComparison

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from sinklens.arguments import public
+from sinklens.core.storage import atomic_path, write_text
+from sinklens.core.validation import public
 from sinklens.mixing_result import MixingComparison
 from sinklens.pages import html_table, manifest, render
-from sinklens.results import atomic_path, write_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

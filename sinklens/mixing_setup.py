@@ -8,7 +8,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.core.errors import BadInputError, SinklensWarning
 from sinklens.proof import capabilities
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks

@@ -9,8 +9,8 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public
 from sinklens.loading import as_tokens
 from sinklens.mixing import compare_mixing
 from sinklens.mixing_setup import Conditions, Sinks

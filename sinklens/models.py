@@ -26,10 +26,10 @@ from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from sinklens.arguments import public, shortened
 from sinklens.catalogue import CATALOGUE
+from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
+from sinklens.core.validation import public, shortened
 from sinklens.embedded import convert_gguf, fetch, quiet_transformers
-from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.offload import check_device, input_device, offloaded
 from sinklens.plain import PlainModel
 from sinklens.plain_proof import prove_plain

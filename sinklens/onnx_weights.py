@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from sinklens.errors import SinklensError
+from sinklens.core.errors import SinklensError
 
 _RENAMED = (
     ("attention.attention.query", "attention.q_proj"),

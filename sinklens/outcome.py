@@ -13,11 +13,11 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.arguments import public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import interval
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
-from sinklens.results import load_tensors, save_tensors
-from sinklens.statistics import interval
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:

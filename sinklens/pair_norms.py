@@ -9,9 +9,9 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public
 from sinklens.jacobians import Stream, exact_columns, fitting_chunk, spectral_norm
 from sinklens.loading import as_tokens
 from sinklens.tokens import Tokens

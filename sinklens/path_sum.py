@@ -25,7 +25,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
 from sinklens.attention import (
     block_input,
     block_output,
@@ -36,7 +35,9 @@ from sinklens.attention import (
     score_projection,
 )
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.storage import atomic_path
+from sinklens.core.validation import public, public_methods
 from sinklens.forward import numbered
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
@@ -46,7 +47,6 @@ from sinklens.mixing_setup import Sinks, sinks_of
 from sinklens.offload import refuse_offloaded
 from sinklens.proof import capabilities, has_hook
 from sinklens.refusals import refuse_half_precision
-from sinklens.results import atomic_path
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat
 from sinklens.tokens import Tokens

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, either_backend, grouped_by_head, scored_points, value_bias
 from sinklens.attention_edit import Attached, PatternEdit, Seen
-from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.flash_backend import Armed, hook_points, once, running
 from sinklens.flash_edit import dense_attention, edited_attention
 from sinklens.flash_proof import unsupported

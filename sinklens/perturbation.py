@@ -26,10 +26,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.attention import block_output
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.forward import EMBED
 from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Conditions, Places, Sinks, conditions_of, sinks_of

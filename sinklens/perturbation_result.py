@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.arguments import public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import summary
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
-from sinklens.results import load_tensors, save_tensors
-from sinklens.statistics import summary
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:

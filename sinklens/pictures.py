@@ -5,9 +5,9 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from sinklens.arguments import public
 from sinklens.cache import build_folder, cache_dir, is_complete
 from sinklens.catalogue import Wheel
+from sinklens.core.validation import public
 from sinklens.embedded import fetch_wheel, wheel_path
 
 NAMES = ("astronaut", "chelsea", "coffee")

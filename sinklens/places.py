@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.forward import Forward
 from sinklens.sinkmap import SinkMap
 from sinklens.tokens import Tokens, check_positions

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
 from sinklens.jupyter import ShownInJupyter
 
 if TYPE_CHECKING:

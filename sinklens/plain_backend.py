@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from sinklens.errors import BadInputError, SinklensError
+from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.kernels import View
 
 NAME = "sinklens_plain"

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sinklens.arguments import turn
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
+from sinklens.core.validation import turn
+from sinklens.core.visibility import allowed_keys, row_blocks
 from sinklens.flash_backend import Flash
 from sinklens.kernels import View
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.plain_backend import attending
-from sinklens.visibility import allowed_keys, row_blocks
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinklens.errors import BadInputError, SinklensError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.kernels import Block, View, blocked
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.plain_backend import (

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.controls import CONTROLS, Candidates, candidates, control_places, slots
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.hooks import Hooks
 from sinklens.outcome import Run
 from sinklens.places import Place

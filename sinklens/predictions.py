@@ -22,7 +22,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import text_config
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import EMBED
 from sinklens.models import has_trained_head, native_tokenizer
 from sinklens.proof import capabilities, has_hook

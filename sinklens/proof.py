@@ -19,7 +19,6 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.attention import (
     attention_hook,
     block_output,
@@ -29,11 +28,12 @@ from sinklens.attention import (
     learned_sink_logits,
     text_config,
 )
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.validation import public
+from sinklens.core.visibility import allowed_keys
 from sinklens.jupyter import ShownInJupyter
 from sinklens.offload import real_weights
 from sinklens.plain import PlainCapabilities, PlainModel, refusal
-from sinklens.visibility import allowed_keys
 
 PROBE_LENGTH = 29  # a prime, so that no head count equals it and layouts are unambiguous
 LONGEST_WINDOW_PROBE = 1024

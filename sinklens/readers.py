@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public
 from sinklens.scores import SinkScores
 from sinklens.sinkmap import SinkMap
 

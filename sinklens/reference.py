@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, unrotated_keys
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import hooked
 from sinklens.forward import Forward
 from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens

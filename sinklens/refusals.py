@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
 from sinklens.proof import capabilities
 
 

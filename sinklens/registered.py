@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from sinklens.errors import BadInputError, SinklensError
+from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.kernels import View
 
 NAME = "sinklens"

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.attention import block_input
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.places import Places, Sinks, find_places

@@ -21,10 +21,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.attention import block_output
 from sinklens.banded import ABSENT, banded
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.flash_backend import Flash, plain, switched
 from sinklens.forward import Forward
 from sinklens.kernels import View

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from sinklens.attention import block_output
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import Flash, plain, switched
 from sinklens.flash_proof import unsupported
 from sinklens.frozen import Rotation

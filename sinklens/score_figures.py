@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 import torch
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.plots import ACCENT, SCALE, escape_hover, layer_by_head, themed
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinklens.core.visibility import row_blocks
 from sinklens.frozen import Rotation
-from sinklens.visibility import row_blocks
 
 PARAMETERS = ("content_content", "content_bk", "bq_content", "bq_bk")
 MEANS = ("distance", "key_side", "query_distance", "query_specific")

@@ -14,10 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
 from sinklens.attention import attention_hook
 from sinklens.console import Advance, progress_bar
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.intervals import interval
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public, public_methods
 from sinklens.flash_backend import busy
 from sinklens.flash_scores import choose_backend, flash_scores, only
 from sinklens.importance import by_position, column_means, never_far, visibility
@@ -25,9 +27,7 @@ from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.proof import Capabilities, capabilities, record
-from sinklens.results import load_tensors, save_tensors
 from sinklens.running import run_blocks
-from sinklens.statistics import interval
 from sinklens.tokens import Tokens, check_positions
 
 if TYPE_CHECKING:

@@ -29,15 +29,15 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
+from sinklens.core.storage import atomic_path
+from sinklens.core.validation import public, public_methods
 from sinklens.images import Images, load_images
 from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens, load_tokens
 from sinklens.plain import PlainModel
 from sinklens.proof import record
-from sinklens.results import atomic_path
 from sinklens.selftest import attention_checks as reading
 from sinklens.selftest import cause_checks as causes
 from sinklens.selftest import edit_checks as edits

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import learned_sink_logits, score_scale, score_softcap, value_bias
 from sinklens.attention_edit import PatternEdit, Seen
-from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sinklens.anatomy import Anatomy
-from sinklens.arguments import public
+from sinklens.core.storage import atomic_path, write_text
+from sinklens.core.validation import public
 from sinklens.pages import manifest, render
-from sinklens.results import atomic_path, write_text
 from sinklens.sinkmap import SinkMap
 
 MOST_ROWS = 100

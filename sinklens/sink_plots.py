@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import plotly.graph_objects as go
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.plots import ACCENT, SCALE, escape_hover, themed
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinklens.arguments import public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
 from sinklens.lives import Life, Thresholds, activity, kind_of, lives, main_life, strongest
-from sinklens.results import load_tensors, save_tensors
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
 from sinklens.lives import activity as active_where

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import block_input, block_output
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
 from sinklens.images import Images
 from sinklens.plain import PlainModel
 from sinklens.plain_backend import image_inputs, run_stack, text_inputs, watching

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import load_tensors, save_tensors, write_text
 from sinklens.hooks import Hooks
 from sinklens.outcome import UNTRAINED, Experiment, Run
 from sinklens.plan import Plan
-from sinklens.results import load_tensors, save_tensors, write_text
 from sinklens.tokens import Tokens
 
 

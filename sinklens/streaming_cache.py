@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.rolling import check_recent
 from sinklens.rotary import Turn, turns
 from sinklens.tokens import check_positions

@@ -15,19 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
 from sinklens.attention import logit_factor, original, text_config
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.intervals import summary
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public, public_methods
 from sinklens.flash_context import flash
 from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.predictions import UNEMBED, predictions, scored_logits
 from sinklens.proof import capabilities
-from sinklens.results import load_tensors, save_tensors
 from sinklens.rolling import Kept, streaming_attention
 from sinklens.sinkmap import SinkMap
-from sinklens.statistics import summary
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:

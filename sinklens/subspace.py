@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.attention import mlp_of, original
 from sinklens.components import component_name, writing_hook
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
 from sinklens.stream_parts import flat

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
-from sinklens.arguments import public
 from sinklens.attention import attention_hook, block_input, grouped_by_head
 from sinklens.console import progress_bar
 from sinklens.controls import slots
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.flash_backend import hooked
 from sinklens.forward import READERS, numbered
 from sinklens.hooks import Hooks

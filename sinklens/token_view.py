@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sinklens.circuitsvis_view import LONGEST_VIEW, TokenView, offline_view, safe_labels
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 if TYPE_CHECKING:
     from sinklens.sinkmap import SinkMap

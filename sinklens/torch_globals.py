@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import turn
+from sinklens.core.validation import turn
 
 _forward_mode = threading.RLock()
 _generator = threading.RLock()

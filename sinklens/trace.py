@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.validation import public
 from sinklens.gathered import Looked
 from sinklens.lives import activity
 from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import pandas as pd
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import atomic_path, write_text
+from sinklens.core.validation import public
 from sinklens.pages import html_table, manifest, render
-from sinklens.results import atomic_path, write_text
 from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
 from sinklens.trace_result import SinkTrace
 from sinklens.verdicts import Verdict

@@ -10,8 +10,8 @@ from plotly.subplots import make_subplots
 
 from sinklens.circuit import layout
 from sinklens.components import component_name
+from sinklens.core.errors import BadInputError
 from sinklens.doses import dose_table
-from sinklens.errors import BadInputError
 from sinklens.plots import ACCENT, INK, MUTED, escape_hover, themed
 
 if TYPE_CHECKING:

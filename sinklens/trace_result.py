@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sinklens.arguments import public_methods
 from sinklens.components import Component, component_name
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import interval
+from sinklens.core.storage import load_tensors, save_tensors
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
-from sinklens.results import load_tensors, save_tensors
 from sinklens.sinkmap import Sink
-from sinklens.statistics import interval
 from sinklens.tokens import Tokens
 from sinklens.traced import Phase, Traced
 

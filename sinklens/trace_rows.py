@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, block_input, block_output
 from sinklens.components import Component, writing_hook
-from sinklens.errors import UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
 from sinklens.importance import FAR
 from sinklens.metrics import METRICS, token_metrics
 from sinklens.proof import capabilities

@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinklens.arguments import public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import interval
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
-from sinklens.statistics import interval
 
 CELLS = ("renormalize", "zero", "value_only")
 PARTS = ("mass_part", "value_part", "interaction", "total")

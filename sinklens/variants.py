@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import interval
+from sinklens.core.validation import public, public_methods
 from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.metrics import token_loss
 from sinklens.predictions import predictions
 from sinklens.proof import capabilities
-from sinklens.statistics import interval
 from sinklens.tokens import Tokens, pad_rows
 from sinklens.vocabulary import vocabulary
 

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sinklens.arguments import public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import interval
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
-from sinklens.statistics import interval
 
 
 @public_methods

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public, public_methods
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.validation import public, public_methods
 from sinklens.jupyter import ShownInJupyter
 from sinklens.models import native_tokenizer
 from sinklens.plain import PlainModel

@@ -15,8 +15,8 @@ import pytest
 import torch
 from scipy.stats import binom, t
 
+from sinklens.core.intervals import interval
 from sinklens.jacobians import chi_square_interval
-from sinklens.statistics import interval
 
 RUNS = 600
 RESAMPLES = 399

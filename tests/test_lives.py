@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.lives import Life, Thresholds, activity, kind_of, lives, main_life, strongest
 
 T = Thresholds()

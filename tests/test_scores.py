@@ -121,7 +121,7 @@ def test_scores_survive_saving_and_a_half_file_is_refused(tmp_path: Path) -> Non
 
 
 def test_an_interrupted_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch) -> None:
-    import sinklens.results as results
+    import sinklens.core.storage as results
 
     _, model = build_pair("llama")
     scores = sl.sink_scores(model, random_rows((20,))[0])

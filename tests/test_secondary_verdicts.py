@@ -13,9 +13,9 @@ import torch
 
 import sinklens as sl
 from sinklens.components import Component
+from sinklens.core.intervals import interval
 from sinklens.doses import dose_table
 from sinklens.sinkmap import Sink
-from sinklens.statistics import interval
 from sinklens.traced import Phase, Traced
 from sinklens.verdicts import above, every, quantity
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
-from sinklens.statistics import document_sums, interval
+from sinklens.core.intervals import document_sums, interval
 
 
 def test_fifteen_documents_carry_no_interval_and_sixteen_do() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.statistics import interval
+from sinklens.core.intervals import interval
 from sinklens.subspace import _halves, _Inputs, _judged, _Mlp, _mlp_shares
 from sinklens.traced import Traced
 

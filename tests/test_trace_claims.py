@@ -17,8 +17,8 @@ from test_trace import ERASES_X, LAYERS, LENGTH, SIZE, WRITES_X, X, planted_writ
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
+from sinklens.core.intervals import rank_correlation
 from sinklens.secondary_claims import _clusters
-from sinklens.statistics import rank_correlation
 from sinklens.stream_parts import stream_parts
 from sinklens.subspace import _carried, _Inputs, _judged, _Mlp
 from sinklens.trace_rows import Row, check_writing, run_rows

@@ -12,8 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
 from sinklens.anatomy import sink_anatomy
+from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.decompose import decompose_sinks
-from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.lab.tasks import Batch
 from sinklens.metrics import token_loss
 from sinklens.mixing import compare_mixing

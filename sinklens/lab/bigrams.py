@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.lab.tasks import Batch, check_packing, entropy_of, unscored
 
 

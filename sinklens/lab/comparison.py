@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sinklens.arguments import public, public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import write_text
+from sinklens.core.validation import public, public_methods
 from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.run import LabRun, by_variant, load_runs
-from sinklens.results import write_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

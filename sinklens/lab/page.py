@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from sinklens.core.storage import atomic_path, write_text
 from sinklens.lab.comparison import LabComparison
 from sinklens.pages import html_table, render
-from sinklens.results import atomic_path, write_text
 
 CAPTIONS = {
     "emergence": "Lines are means over seeds, bands run from the least to the largest seed. Left: loss above the exact "

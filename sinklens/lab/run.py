@@ -13,8 +13,9 @@ import pandas as pd
 import yaml
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import load_tensors, save_tensors, write_text
+from sinklens.core.validation import public
 from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.analysis import analyse
 from sinklens.lab.measure import without_first
@@ -23,7 +24,6 @@ from sinklens.lab.study import LabConfig, Study, config_of, read_study
 from sinklens.lab.tasks import Batch
 from sinklens.lab.training import CHECKPOINT, evaluation_batch, moved, train
 from sinklens.models import load_model
-from sinklens.results import load_tensors, save_tensors, write_text
 
 MODEL = "model.safetensors"
 

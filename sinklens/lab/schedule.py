@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public
 from sinklens.lab.bigrams import BigramBackcopy, Recall
 from sinklens.lab.model import ModelConfig
 from sinklens.lab.schedule import TrainConfig

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Integer
 from transformers import AutoTokenizer
 
-from sinklens.arguments import public
 from sinklens.catalogue import CATALOGUE
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import atomic_path
+from sinklens.core.validation import public
 from sinklens.corpora import read_corpus
 from sinklens.embedded import fetch
-from sinklens.errors import BadInputError
 from sinklens.lab.tasks import Batch
-from sinklens.results import atomic_path
 
 BYTES = 257  # id 0 is BOS, id b + 1 the byte b
 HELD_OUT = 0.05

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sinklens.arguments import public
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, SinklensError
+from sinklens.core.errors import BadInputError, SinklensError
+from sinklens.core.storage import load_tensors, make_folder, save_tensors, write_text
+from sinklens.core.validation import public
 from sinklens.lab.measure import evaluate, mean_loss, token_losses
 from sinklens.lab.model import LabModel
 from sinklens.lab.study import LabConfig
 from sinklens.lab.tasks import Batch
-from sinklens.results import load_tensors, make_folder, save_tensors, write_text
 
 EVALUATION_SEED = 999
 CHECKPOINT = "checkpoint.safetensors"

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import atomic_path, write_text
 from sinklens.report.content import Plot
-from sinklens.results import atomic_path, write_text
 
 WIDTH, SCALE = 900, 2
 ENDINGS = ("svg", "png")

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sinklens.core.storage import write_text
 from sinklens.pages import manifest
 from sinklens.proof import record
 from sinklens.report.page import Told
 from sinklens.report.shelf import Entry
-from sinklens.results import write_text
 
 
 def write_manifest(

@@ -6,9 +6,9 @@ from importlib.resources import files
 from typing import Any
 
 from sinklens.catalogue import CATALOGUE
+from sinklens.core.intervals import MIN_DOCUMENTS
 from sinklens.proof import record
 from sinklens.report.stages import STAGES, Material
-from sinklens.statistics import MIN_DOCUMENTS
 
 FORMULAS = (
     ("Importance", "alpha_k = mean of A_ik over the queries i that may see k", "gu2025"),

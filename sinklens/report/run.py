@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 
 from sinklens.console import stderr
-from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.proof import capabilities
 from sinklens.report.shelf import Entry, Shelf
 from sinklens.report.stages import STAGES, Material, Stage

@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sinklens.errors import BadInputError
-from sinklens.results import make_folder, write_text
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import make_folder, write_text
 
 
 @dataclass(frozen=True)

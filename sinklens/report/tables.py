@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from sinklens.core.storage import atomic_path
 from sinklens.report.content import Section
-from sinklens.results import atomic_path
 
 SHOWN_ROWS = 12
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sinklens.statistics import MIN_DOCUMENTS
+from sinklens.core.intervals import MIN_DOCUMENTS
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.storage import write_text
+from sinklens.core.validation import public
 from sinklens.loading import as_tokens
 from sinklens.models import load_model
 from sinklens.plain import PlainModel
@@ -29,7 +30,6 @@ from sinklens.report.sizes import FULL, QUICK, text_of
 from sinklens.report.stages import Material
 from sinklens.report.story import finding
 from sinklens.report.tables import write_tables
-from sinklens.results import write_text
 from sinklens.tokens import Tokens, reads_images
 
 

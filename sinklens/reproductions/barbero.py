@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.loading import load_tokens
 from sinklens.perturbation import perturbation_spread
 from sinklens.perturbation_result import Perturbation

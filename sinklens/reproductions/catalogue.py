@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.reproductions import barbero, gu, massive, ran_milo, wong, xiao
 from sinklens.reproductions.claims import Entry
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinklens.core.intervals import summary
 from sinklens.reproductions.originals import Subject
-from sinklens.statistics import summary
 
 REPRODUCED, DIFFERS, NOT_COMPARABLE = "reproduced", "differs", "not comparable"
 

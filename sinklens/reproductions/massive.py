@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.experiment import run_experiment
 from sinklens.reproductions.claims import (
     Above,

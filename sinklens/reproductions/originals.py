@@ -65,7 +65,7 @@ class Subject:
 def subject_of(model: TransformerBridge, name: str) -> Subject:
     """What a model is, by its name and its sizes: a folder called gpt2 with other sizes is no GPT-2."""
     from sinklens.attention import score_projection
-    from sinklens.errors import UnsupportedModelError
+    from sinklens.core.errors import UnsupportedModelError
     from sinklens.proof import capabilities
     from sinklens.vocabulary import vocabulary
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from sinklens.arguments import public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import FORMAT, write_text
+from sinklens.core.validation import public_methods
 from sinklens.jupyter import ShownInJupyter
 from sinklens.reproductions.claims import DIFFERS, NOT_COMPARABLE, REPRODUCED, Entry
-from sinklens.results import FORMAT, write_text
 
 KIND = "Reproductions"
 

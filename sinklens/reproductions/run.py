@@ -12,9 +12,9 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.arguments import public
 from sinklens.console import progress_bar
-from sinklens.errors import BadInputError, SinklensError, SinklensWarning
+from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning
+from sinklens.core.validation import public
 from sinklens.models import load_model
 from sinklens.plain import PlainModel
 from sinklens.reproductions.catalogue import chosen

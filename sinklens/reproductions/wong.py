@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import MIN_DOCUMENTS
 from sinklens.reproductions.claims import Above, Below, Claim, Entry, Equals, Quantity, Setting, any_decoder, measured
 from sinklens.secondary_claims import COVER, LEVELS, norm_and_mass, sink_levels, writer_alignment
 from sinklens.sinks import find_sinks
-from sinklens.statistics import MIN_DOCUMENTS
 from sinklens.tokens import Tokens
 from sinklens.trace import trace_sinks
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sinklens.anatomy import sink_anatomy
 from sinklens.attention import attention_hook, block_input
 from sinklens.contexts import compare_contexts
-from sinklens.errors import SinklensWarning
+from sinklens.core.errors import SinklensWarning
 from sinklens.flash_context import flash
 from sinklens.flash_proof import unsupported
 from sinklens.head_statistics import attention_statistics

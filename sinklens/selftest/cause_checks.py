@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sinklens.attention import block_input
 from sinklens.components import Component, writing_hook
+from sinklens.core.errors import BadInputError
 from sinklens.decompose import decompose_sinks
-from sinklens.errors import BadInputError
 from sinklens.gathered import Looked
 from sinklens.importance import FAR
 from sinklens.loading import as_tokens

@@ -12,8 +12,8 @@ from torch import Tensor
 from sinklens.ablate import ablate_sinks
 from sinklens.attention import block_input
 from sinklens.bos import patch_bos
+from sinklens.core.errors import BadInputError
 from sinklens.damage import damage, matched_damage
-from sinklens.errors import BadInputError
 from sinklens.experiment import run_experiment
 from sinklens.residual_edits import ablate_residual
 from sinklens.selftest.naive_edit import Means, naive_edit

@@ -12,7 +12,7 @@ from torch import Tensor
 from sinklens.ablate import ablate_sinks
 from sinklens.attention import attention_hook, block_input, block_output
 from sinklens.collapse import measure_collapse
-from sinklens.errors import SinklensWarning
+from sinklens.core.errors import SinklensWarning
 from sinklens.mixing import compare_mixing, measure_mixing
 from sinklens.mixing_result import Mixing
 from sinklens.mixing_sweeps import mixing_by_length

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sinklens.contexts import compare_contexts
-from sinklens.errors import SinklensWarning
+from sinklens.core.errors import SinklensWarning
 from sinklens.flash_context import flash
 from sinklens.images import Images, load_images
 from sinklens.lives import Thresholds

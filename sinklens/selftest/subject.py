@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.lives import Thresholds
 from sinklens.predictions import predictions
 from sinklens.proof import Capabilities, capabilities

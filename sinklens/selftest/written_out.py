@@ -26,12 +26,12 @@ from sinklens.attention import (
     scored_points,
     value_bias,
 )
+from sinklens.core.visibility import allowed_keys
 from sinklens.flash_backend import Flash, switched
 from sinklens.flash_proof import unsupported
 from sinklens.kernels import View
 from sinklens.proof import capabilities
 from sinklens.selftest.kinds_written_out import kind_of
-from sinklens.visibility import allowed_keys
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinklens.ablate import ablate_sinks
 from sinklens.bos import patch_bos
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 from sinklens.loading import load_tokens
 from sinklens.residual_edits import ablate_residual
 from sinklens.swap import restrict_attention, swap_attention

@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from sinklens.errors import BadInputError
-from sinklens.results import atomic_path, write_text
+from sinklens.core.errors import BadInputError
+from sinklens.core.storage import atomic_path, write_text
 from sinklens.sweep.jobs import Job
 
 FORMAT = 1

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from sinklens.arguments import public
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.validation import public
 from sinklens.sweep.specs import InterventionSpec, ModelSpec, Spec, TaskSpec, TextSpec, spec_of
 
 AXES = ("models", "texts", "interventions", "tasks", "seeds")

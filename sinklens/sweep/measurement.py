@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from sinklens.errors import SinklensWarning, UnsupportedModelError
+from sinklens.core.errors import SinklensWarning, UnsupportedModelError
 from sinklens.hooks import Hooks
 from sinklens.plain import PlainModel
 from sinklens.scores import SinkScores, sink_scores

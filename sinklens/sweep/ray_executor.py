@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future
 from importlib import import_module
 from typing import Any
 
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
 
 OBJECT_STORE = 100 * 2**20  # results are small; Ray's default is a third of the memory
 _QUIET = {

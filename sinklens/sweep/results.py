@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sinklens.arguments import public, public_methods
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
+from sinklens.core.intervals import summary as mean_and_interval
+from sinklens.core.storage import atomic_path
+from sinklens.core.validation import public, public_methods
 from sinklens.jupyter import ShownInJupyter
-from sinklens.results import atomic_path
-from sinklens.statistics import summary as mean_and_interval
 from sinklens.sweep.folder import ResultFolder
 
 if TYPE_CHECKING:

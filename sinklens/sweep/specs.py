@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 FOUND = ("all", "primary", "secondary")
 Spec = TypeVar("Spec", "ModelSpec", "TextSpec", "InterventionSpec", "TaskSpec")

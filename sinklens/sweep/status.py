@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from sinklens.arguments import public
+from sinklens.core.validation import public
 from sinklens.jupyter import ShownInJupyter
 from sinklens.sweep.folder import ResultFolder
 

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future
 from importlib import import_module
 from typing import Any
 
-from sinklens.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import BadInputError, UnsupportedModelError
 
 
 class SubmititExecutor(Executor):

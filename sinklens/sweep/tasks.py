@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from sinklens.controls import CONTROLS
-from sinklens.errors import BadInputError, SinklensWarning
+from sinklens.core.errors import BadInputError, SinklensWarning
 from sinklens.experiment import run_experiment
 from sinklens.metrics import METRICS
 from sinklens.metrics import token_loss as loss_per_token

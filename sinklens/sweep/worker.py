@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from sinklens.errors import BadInputError, SinklensError, SinklensWarning
+from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning
 from sinklens.models import load_model
 from sinklens.sweep.edits import load_text
 from sinklens.sweep.folder import ResultFolder

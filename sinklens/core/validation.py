@@ -21,7 +21,7 @@ from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 from weakref import WeakKeyDictionary
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sinklens.errors import BadInputError
+from sinklens.core.errors import BadInputError
 
 FORMAT = 1
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]  # other machines' processes are not ours to judge

@@ -1,0 +1,1 @@
+"""Internal: errors, argument checks, storage, intervals, who sees whom. Knows no model."""
