@@ -175,7 +175,7 @@ def draw(files: list[Path], out: Path, only: list[str]) -> None:
     """Cost against T on logarithmic axes, in units of the base at the shortest T, with the exponents of a fit."""
     import plotly.graph_objects as go
 
-    from sinklens.plots import themed
+    from sinklens.show.theme import themed
 
     points: dict[str, dict[int, float]] = {}
     for file in files:

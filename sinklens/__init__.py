@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sinklens.ablate import ablate_sinks
     from sinklens.anatomy import Anatomy, sink_anatomy
     from sinklens.bos import patch_bos
-    from sinklens.circuitsvis_view import TokenView
     from sinklens.collapse import Collapse, measure_collapse
     from sinklens.contexts import compare_contexts
     from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from sinklens.scores import SinkScores, sink_scores
     from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
     from sinklens.self_test import SelfTest, check_model
+    from sinklens.show.circuitsvis import TokenView
     from sinklens.sink_page import write_sinks
     from sinklens.sinkmap import Sink, SinkMap
     from sinklens.sinks import compare_methods, find_sinks
@@ -119,7 +119,7 @@ _HOMES = {
     "Subject": "decomposition",
     "Sweep": "sweep_result",
     "Thresholds": "lives",
-    "TokenView": "circuitsvis_view",
+    "TokenView": "show.circuitsvis",
     "Tokens": "loading",
     "TwoByTwo": "two_by_two",
     "UnsupportedModelError": "core.errors",

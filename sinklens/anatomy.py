@@ -38,16 +38,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, block_input, by_head, output_weights, scored_points, value_bias
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
 from sinklens.core.visibility import allowed_keys
 from sinklens.importance import FAR, MIN_FAR_QUERIES
-from sinklens.jupyter import ShownInJupyter
 from sinklens.proof import Capabilities, capabilities, same_model
 from sinklens.refusals import refuse_unless_softmax
 from sinklens.running import run_blocks
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.states import typical_mean
 from sinklens.tokens import Tokens

@@ -10,7 +10,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from sinklens.core.errors import BadInputError
-from sinklens.plots import escape_hover, themed
+from sinklens.show.theme import escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.anatomy import Anatomy

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sinklens.console import stderr
 from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.core.validation import shortened
 from sinklens.corpora import is_file
+from sinklens.show.progress import stderr
 
 stdout = Console()
 

@@ -29,16 +29,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import block_output
-from sinklens.console import progress_bar
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.forward import numbered
-from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _outputs(model: TransformerBridge, one: Tokens, edit: Sequence[Any]) -> Floa
 def _curves(found: Collapse) -> Figure:
     from plotly.subplots import make_subplots
 
-    from sinklens.plots import curve, escape_hover, themed
+    from sinklens.show.theme import curve, escape_hover, themed
 
     table = [row for row in found.to_dataframe().to_dict("records") if row["rows"] == "no_sink"]
     figure = make_subplots(rows=1, cols=3, subplot_titles=tuple(NAMES.values()), horizontal_spacing=0.07)

@@ -16,13 +16,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import block_input
 from sinklens.components import writing_hook
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.metrics import token_loss
 from sinklens.proof import capabilities
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 
 KINDS = ("noise", "mlp")

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
@@ -26,6 +25,7 @@ from sinklens.reference import sinks_of
 from sinklens.refusals import refuse_half_precision, refuse_unless_softmax
 from sinklens.score_terms import PARAMETERS
 from sinklens.selection import Layers, select
+from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.taking_apart import Reading

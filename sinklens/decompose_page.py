@@ -12,8 +12,8 @@ import pandas as pd
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
 from sinklens.decomposition import SinkDecomposition
-from sinklens.pages import html_table, manifest, render
 from sinklens.score_terms import PARAMETERS
+from sinklens.show.page import html_table, manifest, render
 
 CAPTIONS = {
     "gap": "Bars sum to the gap (diamond): the sink's score above the mean score of the tokens that are no sink.",

@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sinklens.core.errors import BadInputError
-from sinklens.plots import ACCENT, INK, themed
 from sinklens.score_terms import BEYOND, SPLITS
+from sinklens.show.theme import ACCENT, INK, themed
 
 if TYPE_CHECKING:
     from sinklens.decomposition import SinkDecomposition

@@ -26,16 +26,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, by_head, output_weights
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.core.visibility import allowed_keys
-from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.proof import Capabilities, capabilities
 from sinklens.refusals import refuse_unless_softmax
 from sinklens.running import run_blocks
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 
 KIND = "HeadActivity"

@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 from sinklens.cache import build_folder, cache_dir, is_complete, make_writable, sha256_of
 from sinklens.catalogue import CATALOGUE, EmbeddedModel, Wheel
-from sinklens.console import stderr
 from sinklens.core.errors import BadInputError, SinklensError
+from sinklens.show.progress import stderr
 
 
 def fetch(name: str) -> Path:

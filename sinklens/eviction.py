@@ -16,15 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, SinklensWarning
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
-from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.proof import capabilities
 from sinklens.rolling import check_recent
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.streaming_losses import bin_rows, sequence_losses

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.flash_backend import Flash
@@ -26,6 +25,7 @@ from sinklens.outcome import UNTRAINED, Experiment
 from sinklens.plan import Plan, Planned, check_controls
 from sinklens.predictions import check_masking, predictions
 from sinklens.proof import capabilities, same_model
+from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.store import Store

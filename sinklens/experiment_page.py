@@ -10,7 +10,7 @@ from pathlib import Path
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
 from sinklens.outcome import Experiment
-from sinklens.pages import html_table, manifest, render
+from sinklens.show.page import html_table, manifest, render
 
 
 @public

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from sinklens.core.errors import BadInputError
-from sinklens.plots import ACCENT, INK, SCALE, escape_hover, themed
+from sinklens.show.theme import ACCENT, INK, SCALE, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.outcome import Experiment

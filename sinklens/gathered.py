@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.components import Component
-from sinklens.console import progress_bar
+from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.stream_parts import StreamParts, stream_parts
 

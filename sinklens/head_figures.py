@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 import torch
 
-from sinklens.plots import layer_by_head
+from sinklens.show.theme import layer_by_head
 
 if TYPE_CHECKING:
     from sinklens.head_statistics import AttentionStatistics

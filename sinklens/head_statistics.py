@@ -27,7 +27,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, value_bias
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
@@ -35,13 +34,14 @@ from sinklens.flash_context import flash
 from sinklens.flash_scores import choose_backend
 from sinklens.forward import Forward
 from sinklens.importance import FAR
-from sinklens.jupyter import ShownInJupyter
 from sinklens.kernels import Block, View, blocked, dense_scores, fused, fused_takes, grouped, without
 from sinklens.loading import as_tokens
 from sinklens.places import Places, Sinks, find_places
 from sinklens.proof import Capabilities, capabilities
 from sinklens.refusals import refuse_unless_softmax
 from sinklens.running import run_blocks
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public_methods
-from sinklens.jupyter import ShownInJupyter
 from sinklens.places import Places
+from sinklens.show.notebook import ShownInJupyter
 
 Build = Callable[[TransformerBridge | None, Places | None], "Hooks"]
 

@@ -12,9 +12,9 @@ from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
 from sinklens.image_plots import image_map
 from sinklens.images import Images
-from sinklens.pages import html_table, manifest, render
 from sinklens.registers import Registers
 from sinklens.scores import SinkScores
+from sinklens.show.page import html_table, manifest, render
 from sinklens.sinks import from_scores
 
 MOST_PICTURES = 8  # with a map on the page

@@ -16,7 +16,7 @@ from torch import Tensor
 from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.core.validation import public
 from sinklens.images import Images
-from sinklens.plots import ACCENT, COLOURS, INK, MUTED, SCALE, band, escape_hover, themed
+from sinklens.show.theme import ACCENT, COLOURS, INK, MUTED, SCALE, band, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.registers import Registers

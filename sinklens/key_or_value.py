@@ -14,7 +14,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
 from sinklens.attention import block_output
-from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.experiment import run_experiment
@@ -26,6 +25,7 @@ from sinklens.places import Places
 from sinklens.predictions import scored_logits
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
+from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sweeps import first_order, grows, scored_positions, sweep_ablation
 from sinklens.tokens import Tokens

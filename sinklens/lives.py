@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public_methods
-from sinklens.jupyter import ShownInJupyter
+from sinklens.show.notebook import ShownInJupyter
 
 FEWEST_LAYERS_FOR_KINDS = 6
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, grouped_by_head
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 
 

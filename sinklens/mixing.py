@@ -24,7 +24,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
@@ -33,6 +32,7 @@ from sinklens.mixing_result import INDICES, Mixing, MixingComparison
 from sinklens.mixing_setup import BASE, Conditions, Sinks, conditions_of, sinks_of
 from sinklens.models import untrained_twin
 from sinklens.proof import capabilities
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 
 MOST = 128

@@ -13,7 +13,7 @@ import pandas as pd
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
 from sinklens.mixing_result import MixingComparison
-from sinklens.pages import html_table, manifest, render
+from sinklens.show.page import html_table, manifest, render
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinklens.plots import MUTED, SCALE, curve, escape_hover, themed
+from sinklens.show.theme import MUTED, SCALE, curve, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.mixing_result import Mixing

@@ -19,7 +19,7 @@ from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
 from sinklens.jacobians import squares_interval
-from sinklens.jupyter import ShownInJupyter
+from sinklens.show.notebook import ShownInJupyter
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -21,15 +21,15 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import block_output, mlp_of, original
 from sinklens.components import Component, Contributions, component_name
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
-from sinklens.jupyter import ShownInJupyter
 from sinklens.offload import real_weights
 from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import flat, stream_hooks
 from sinklens.trace_result import SinkTrace
 from sinklens.trace_rows import Row, run_rows

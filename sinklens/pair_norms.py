@@ -9,11 +9,11 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.jacobians import Stream, exact_columns, fitting_chunk, spectral_norm
 from sinklens.loading import as_tokens
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 
 STEPS = 200

@@ -34,20 +34,20 @@ from sinklens.attention import (
     output_weights,
     score_projection,
 )
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
 from sinklens.forward import numbered
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
-from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Sinks, sinks_of
 from sinklens.offload import refuse_offloaded
 from sinklens.proof import capabilities, has_hook
 from sinklens.refusals import refuse_half_precision
 from sinklens.running import run_blocks
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import flat
 from sinklens.tokens import Tokens
 from sinklens.torch_globals import forward_mode

@@ -27,7 +27,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import block_output
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.forward import EMBED
@@ -36,6 +35,7 @@ from sinklens.mixing_setup import Conditions, Places, Sinks, conditions_of, sink
 from sinklens.perturbation_result import Perturbation, Swap, others
 from sinklens.proof import capabilities
 from sinklens.running import run_blocks
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 from sinklens.vocabulary import vocabulary
 

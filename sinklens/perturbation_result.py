@@ -18,7 +18,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
-from sinklens.jupyter import ShownInJupyter
+from sinklens.show.notebook import ShownInJupyter
 from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Perturbation(ShownInJupyter, table="_last_layer"):
         """Over depth the mean relative change with its interval, and its ratio to base: median, 5 to 95 % of swaps."""
         from plotly.subplots import make_subplots
 
-        from sinklens.plots import INK, curve, themed
+        from sinklens.show.theme import INK, curve, themed
 
         table = self.to_dataframe().to_dict("records")
         titles = ("relative change of other tokens", "times base: median, 5 to 95 % of swaps")[: len(self.labels)]
@@ -128,7 +128,7 @@ class Perturbation(ShownInJupyter, table="_last_layer"):
         """
         from plotly.subplots import make_subplots
 
-        from sinklens.plots import SCALE, escape_hover, themed
+        from sinklens.show.theme import SCALE, escape_hover, themed
 
         if not 0 <= n < len(self.swaps):
             raise BadInputError(f"swap {n} is out of range: there are {len(self.swaps)}, numbered from 0")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinklens.core.errors import UnsupportedModelError
-from sinklens.jupyter import ShownInJupyter
+from sinklens.show.notebook import ShownInJupyter
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.components import component_name
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.proof import capabilities
+from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import stream_parts
 from sinklens.trace_result import SinkTrace
 from sinklens.trace_rows import Row, check_writing, run_rows

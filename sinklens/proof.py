@@ -31,9 +31,9 @@ from sinklens.attention import (
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.core.visibility import allowed_keys
-from sinklens.jupyter import ShownInJupyter
 from sinklens.offload import real_weights
 from sinklens.plain import PlainCapabilities, PlainModel, refusal
+from sinklens.show.notebook import ShownInJupyter
 
 PROBE_LENGTH = 29  # a prime, so that no head count equals it and layouts are unambiguous
 LONGEST_WINDOW_PROBE = 1024

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, unrotated_keys
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.flash_backend import hooked
 from sinklens.forward import Forward
@@ -30,6 +29,7 @@ from sinklens.partition import Partition
 from sinklens.places import Places, find_places
 from sinklens.proof import Capabilities, capabilities
 from sinklens.running import run_blocks
+from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.tokens import Tokens

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import block_input
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.forward import Forward
@@ -27,6 +26,7 @@ from sinklens.proof import capabilities
 from sinklens.reference import reference_places
 from sinklens.running import collect
 from sinklens.selection import Layers, select
+from sinklens.show.progress import progress_bar
 from sinklens.sink_edit import same_vector
 from sinklens.states import typical_mean
 from sinklens.tokens import Tokens

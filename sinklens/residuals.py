@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.console import progress_bar
 from sinklens.lives import Thresholds
 from sinklens.plain import PlainModel
 from sinklens.proof import record
+from sinklens.show.progress import progress_bar
 from sinklens.states import block_inputs, block_outputs, typical_mean
 from sinklens.tokens import Tokens
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import torch
 
 from sinklens.core.errors import BadInputError
-from sinklens.plots import ACCENT, SCALE, escape_hover, layer_by_head, themed
+from sinklens.show.theme import ACCENT, SCALE, escape_hover, layer_by_head, themed
 
 if TYPE_CHECKING:
     from sinklens.scores import SinkScores

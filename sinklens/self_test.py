@@ -29,12 +29,10 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
 from sinklens.images import Images, load_images
-from sinklens.jupyter import ShownInJupyter
 from sinklens.loading import as_tokens, load_tokens
 from sinklens.plain import PlainModel
 from sinklens.proof import record
@@ -45,6 +43,8 @@ from sinklens.selftest import head_checks as heads
 from sinklens.selftest import mixing_checks as mixing
 from sinklens.selftest import plain_checks as plain
 from sinklens.selftest.subject import LENGTH, Parts, Subject
+from sinklens.show.notebook import ShownInJupyter
+from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 from sinklens.vocabulary import vocabulary
 

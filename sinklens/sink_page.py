@@ -10,7 +10,7 @@ from pathlib import Path
 from sinklens.anatomy import Anatomy
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.pages import manifest, render
+from sinklens.show.page import manifest, render
 from sinklens.sinkmap import SinkMap
 
 MOST_ROWS = 100

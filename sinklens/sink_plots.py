@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sinklens.core.errors import BadInputError
-from sinklens.plots import ACCENT, SCALE, escape_hover, themed
+from sinklens.show.theme import ACCENT, SCALE, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.sinkmap import SinkMap

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pandas as pd
 import plotly.graph_objects as go
 
-from sinklens.plots import COLOURS, INK, MUTED, band, escape_hover, themed
+from sinklens.show.theme import COLOURS, INK, MUTED, band, escape_hover, themed
 
 
 def study_bars(table: pd.DataFrame) -> go.Figure:

@@ -20,11 +20,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import mlp_of, original
 from sinklens.components import component_name, writing_hook
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.proof import capabilities, has_hook
 from sinklens.running import run_blocks
+from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import flat
 from sinklens.trace_result import SinkTrace
 from sinklens.traced import Traced

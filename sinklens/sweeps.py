@@ -22,7 +22,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
 from sinklens.attention import attention_hook, block_input, grouped_by_head
-from sinklens.console import progress_bar
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
@@ -36,6 +35,7 @@ from sinklens.pattern_edit import delegates
 from sinklens.places import Sinks, find_places
 from sinklens.predictions import drawn, scored_logits
 from sinklens.proof import capabilities
+from sinklens.show.progress import progress_bar
 from sinklens.sweep_result import Sweep
 from sinklens.tokens import Tokens
 

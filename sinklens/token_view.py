@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sinklens.circuitsvis_view import LONGEST_VIEW, TokenView, offline_view, safe_labels
 from sinklens.core.errors import BadInputError
+from sinklens.show.circuitsvis import LONGEST_VIEW, TokenView, offline_view, safe_labels
 
 if TYPE_CHECKING:
     from sinklens.sinkmap import SinkMap

@@ -23,9 +23,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
-from sinklens.jupyter import ShownInJupyter
 from sinklens.offload import check_device
 from sinklens.plain import PlainModel
+from sinklens.show.notebook import ShownInJupyter
 from sinklens.vocabulary import Vocabulary
 
 # Kinds of batches that register themselves, by the tensor that only they have: Tokens knows no images.

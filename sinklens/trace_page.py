@@ -15,8 +15,8 @@ import pandas as pd
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.pages import html_table, manifest, render
 from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
+from sinklens.show.page import html_table, manifest, render
 from sinklens.trace_result import SinkTrace
 from sinklens.verdicts import Verdict
 

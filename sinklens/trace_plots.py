@@ -12,7 +12,7 @@ from sinklens.circuit import layout
 from sinklens.components import component_name
 from sinklens.core.errors import BadInputError
 from sinklens.doses import dose_table
-from sinklens.plots import ACCENT, INK, MUTED, escape_hover, themed
+from sinklens.show.theme import ACCENT, INK, MUTED, escape_hover, themed
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -24,7 +24,7 @@ from torch import Tensor
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.validation import public_methods
-from sinklens.jupyter import ShownInJupyter
+from sinklens.show.notebook import ShownInJupyter
 
 CELLS = ("renormalize", "zero", "value_only")
 PARTS = ("mass_part", "value_part", "interaction", "total")

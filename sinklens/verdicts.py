@@ -13,7 +13,7 @@ import torch
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.validation import public_methods
-from sinklens.jupyter import ShownInJupyter
+from sinklens.show.notebook import ShownInJupyter
 
 
 @public_methods

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.attention import attention_hook
-from sinklens.circuitsvis_view import LONGEST_VIEW, TokenView, offline_view, safe_labels, visible_token
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.core.visibility import allowed_keys
 from sinklens.loading import as_tokens
-from sinklens.plots import SCALE, escape_hover, themed
 from sinklens.proof import Capabilities, capabilities
 from sinklens.running import collect
+from sinklens.show.circuitsvis import LONGEST_VIEW, TokenView, offline_view, safe_labels, visible_token
+from sinklens.show.theme import SCALE, escape_hover, themed
 from sinklens.tokens import Tokens
 
 LONGEST_GRID = 64

@@ -14,10 +14,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public, public_methods
-from sinklens.jupyter import ShownInJupyter
 from sinklens.models import native_tokenizer
 from sinklens.plain import PlainModel
 from sinklens.proof import record
+from sinklens.show.notebook import ShownInJupyter
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from planted import X, Y, planted_model, row
 
 import sinklens as sl
-from sinklens.jupyter import SHOWN_ROWS, ShownInJupyter, html_view
+from sinklens.show.notebook import SHOWN_ROWS, ShownInJupyter, html_view
 from sinklens.streaming import eviction_study, streaming_loss
 from sinklens.sweep_result import Sweep
 
@@ -129,7 +129,7 @@ def test_an_empty_table_is_a_line() -> None:
 
 
 CELLS = (
-    "import time\nfrom sinklens.console import progress_bar",
+    "import time\nfrom sinklens.show.progress import progress_bar",
     "with progress_bar('<layers>', 3) as advance:\n    for _ in range(3):\n        time.sleep(0.3)\n        advance()",
     "try:\n    with progress_bar('again', 2) as advance:\n        raise ValueError\nexcept ValueError:\n    pass",
     "with progress_bar('silent', 2, False) as advance:\n    advance()",

@@ -13,8 +13,8 @@ import pandas as pd
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import write_text
 from sinklens.core.validation import public, public_methods
-from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.run import LabRun, by_variant, load_runs
+from sinklens.show.notebook import ShownInJupyter
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinklens.plots import ACCENT, COLOURS, INK, MUTED, band, escape_hover, themed
+from sinklens.show.theme import ACCENT, COLOURS, INK, MUTED, band, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.lab.comparison import LabComparison

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.lab.comparison import LabComparison
-from sinklens.pages import html_table, render
+from sinklens.show.page import html_table, render
 
 CAPTIONS = {
     "emergence": "Lines are means over seeds, bands run from the least to the largest seed. Left: loss above the exact "

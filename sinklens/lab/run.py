@@ -16,7 +16,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors, write_text
 from sinklens.core.validation import public
-from sinklens.jupyter import ShownInJupyter
 from sinklens.lab.analysis import analyse
 from sinklens.lab.measure import without_first
 from sinklens.lab.model import LabModel
@@ -24,6 +23,7 @@ from sinklens.lab.study import LabConfig, Study, config_of, read_study
 from sinklens.lab.tasks import Batch
 from sinklens.lab.training import CHECKPOINT, evaluation_batch, moved, train
 from sinklens.models import load_model
+from sinklens.show.notebook import ShownInJupyter
 
 MODEL = "model.safetensors"
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.core.storage import load_tensors, make_folder, save_tensors, write_text
 from sinklens.core.validation import public
@@ -20,6 +19,7 @@ from sinklens.lab.measure import evaluate, mean_loss, token_losses
 from sinklens.lab.model import LabModel
 from sinklens.lab.study import LabConfig
 from sinklens.lab.tasks import Batch
+from sinklens.show.progress import progress_bar
 
 EVALUATION_SEED = 999
 CHECKPOINT = "checkpoint.safetensors"

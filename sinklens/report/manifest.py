@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sinklens.core.storage import write_text
-from sinklens.pages import manifest
 from sinklens.proof import record
 from sinklens.report.page import Told
 from sinklens.report.shelf import Entry
+from sinklens.show.page import manifest
 
 
 def write_manifest(

@@ -63,7 +63,9 @@ def html_page(told: Told, folder: Path) -> str:
     drawings = {plot.name: for_page(plot.figure) for section in told.sections for plot in section.plots}
     template: Any = next((p.figure.layout.template for s in told.sections for p in s.plots), None)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    environment = Environment(loader=PackageLoader("sinklens"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("sinklens.show"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("report.html").render(
         told=told,
         strip=text_strip(m["scores"], 0, STRIP_TOKENS),

@@ -6,11 +6,11 @@ import time
 import warnings
 from collections.abc import Callable
 
-from sinklens.console import stderr
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.proof import capabilities
 from sinklens.report.shelf import Entry, Shelf
 from sinklens.report.stages import STAGES, Material, Stage
+from sinklens.show.progress import stderr
 
 NEEDED = ("scores", "sinks")  # a model and a text without these have no report
 

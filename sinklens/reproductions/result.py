@@ -16,8 +16,8 @@ import pandas as pd
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import FORMAT, write_text
 from sinklens.core.validation import public_methods
-from sinklens.jupyter import ShownInJupyter
 from sinklens.reproductions.claims import DIFFERS, NOT_COMPARABLE, REPRODUCED, Entry
+from sinklens.show.notebook import ShownInJupyter
 
 KIND = "Reproductions"
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.console import progress_bar
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning
 from sinklens.core.validation import public
 from sinklens.models import load_model
@@ -21,6 +20,7 @@ from sinklens.reproductions.catalogue import chosen
 from sinklens.reproductions.claims import Entry, Quantity, Setting, verdict
 from sinklens.reproductions.originals import ORIGINALS, Subject, at_hand, subject_of
 from sinklens.reproductions.result import Reproductions
+from sinklens.show.progress import progress_bar
 
 
 @public

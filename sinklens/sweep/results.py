@@ -17,7 +17,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import summary as mean_and_interval
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
-from sinklens.jupyter import ShownInJupyter
+from sinklens.show.notebook import ShownInJupyter
 from sinklens.sweep.folder import ResultFolder
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from itertools import groupby
 from typing import Any
 
-from sinklens.console import Advance, progress_bar
 from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.core.validation import public
+from sinklens.show.progress import Advance, progress_bar
 from sinklens.sweep.edits import check_edit
 from sinklens.sweep.folder import ResultFolder
 from sinklens.sweep.jobs import Job

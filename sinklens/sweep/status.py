@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sinklens.core.validation import public
-from sinklens.jupyter import ShownInJupyter
+from sinklens.show.notebook import ShownInJupyter
 from sinklens.sweep.folder import ResultFolder
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sinklens.jupyter import notebook_bar
+from sinklens.show.notebook import notebook_bar
 
 stderr = Console(stderr=True)
 

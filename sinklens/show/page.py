@@ -6,19 +6,36 @@ import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader
 
-from sinklens.tokens import Tokens
-
 _PACKAGES = ("sinklens", "transformer-lens", "transformers", "torch", "numpy")
 
 
+class Read(Protocol):
+    """What a model read (``Tokens``), as a manifest names it."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of the ids."""
+        ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where each sequence came from."""
+        ...
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """How the batch was made."""
+        ...
+
+
 def manifest(
-    model: dict[str, Any], tokens: Tokens, result: dict[str, Any], command: Sequence[str] = ()
+    model: dict[str, Any], tokens: Read, result: dict[str, Any], command: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Everything needed to run it again: versions, hashes, seed, command; and the result in short."""
     return {
@@ -38,7 +55,7 @@ def render(template: str, figures: Sequence[tuple[go.Figure, str]], **content: A
         (figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}), caption)
         for i, (figure, caption) in enumerate(figures)
     ]
-    environment = Environment(loader=PackageLoader("sinklens"), autoescape=True)
+    environment = Environment(loader=PackageLoader("sinklens.show"), autoescape=True)
     return environment.get_template(template).render(figures=plots, **content)
 
 

@@ -1,0 +1,1 @@
+"""Internal: notebook tables, progress, themes of figures and pages. Knows no model."""
