@@ -55,7 +55,7 @@ BASE = "sdpa forward"
 def contenders(name: str, length: int, cuda: bool) -> dict[str, Callable[[], Any]]:
     """What runs, on one batch."""
     import sinklens as sl
-    from sinklens.running import run_blocks
+    from sinklens.attention.run import run_blocks
 
     plain, model = models(name, cuda)
     ids = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0)).to(model.cfg.device)
@@ -107,7 +107,7 @@ def models(name: str, cuda: bool) -> tuple[Any, Any]:
     import transformers as tf
 
     import sinklens as sl
-    from sinklens.embedded import fetch
+    from sinklens.models.fetch import fetch
 
     if not cuda:
         plain = tf.AutoModelForCausalLM.from_pretrained(fetch(name), attn_implementation="sdpa").eval()

@@ -33,7 +33,7 @@ def measure(contender: str, name: str, length: int) -> dict[str, float]:
     from transformers import AutoConfig
 
     import sinklens as sl
-    from sinklens.embedded import fetch
+    from sinklens.models.fetch import fetch
 
     torch.set_num_threads(1)
     folder = fetch(name)

@@ -84,7 +84,7 @@ def measured_flops(tokens: int, rounds: int = 3) -> float:
 
 def measured_read() -> float:
     """Bytes per second of reading SmolLM2's weights past the page cache."""
-    from sinklens.embedded import fetch
+    from sinklens.models.fetch import fetch
 
     path = next(fetch("smollm2-135m").glob("*.safetensors"))
     handle = os.open(path, os.O_RDONLY | os.O_DIRECT)  # Linux

@@ -24,7 +24,7 @@ from attention import BASE, measure, models
 def contenders(plain: Any, model: Any, length: int, recent: int) -> dict[str, Callable[[], Any]]:
     """What runs, on one text."""
     import sinklens as sl
-    from sinklens.running import run_blocks
+    from sinklens.attention.run import run_blocks
     from sinklens.streaming import streaming_attention
 
     ids = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0))

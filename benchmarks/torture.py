@@ -43,7 +43,7 @@ def kill_the_real_fetch(kills: int) -> int:
     killed, chance = 0, random.Random(0)
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"SINKLENS_CACHE": cache}
-        command = [sys.executable, "-c", "from sinklens.embedded import fetch; fetch('smollm2-135m')"]
+        command = [sys.executable, "-c", "from sinklens.models.fetch import fetch; fetch('smollm2-135m')"]
         while True:
             process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
             if killed < kills:

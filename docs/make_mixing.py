@@ -20,7 +20,7 @@ from findings_tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.models import untrained_twin
+from sinklens.models.load import untrained_twin
 from sinklens.sinks import from_scores
 from sinklens.verdicts import quantity
 

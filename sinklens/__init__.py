@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sinklens.ablate import ablate_sinks
     from sinklens.anatomy import Anatomy, sink_anatomy
+    from sinklens.attention.backend import Flash
+    from sinklens.attention.flash import flash
     from sinklens.bos import patch_bos
+    from sinklens.bridge.capabilities import Capabilities, capabilities
+    from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
     from sinklens.collapse import Collapse, measure_collapse
     from sinklens.contexts import compare_contexts
     from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
@@ -27,8 +31,6 @@ if TYPE_CHECKING:
     from sinklens.dormant import HeadActivity, head_activity
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
-    from sinklens.flash_backend import Flash
-    from sinklens.flash_context import flash
     from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
     from sinklens.image_page import write_images
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from sinklens.mixing_page import write_mixing
     from sinklens.mixing_result import Mixing, MixingComparison
     from sinklens.mixing_sweeps import mixing_by_length
-    from sinklens.models import load_model
+    from sinklens.models.load import load_model
     from sinklens.neurons import Neurons, writer_neurons
     from sinklens.outcome import Experiment
     from sinklens.pair_norms import jacobian_norms
@@ -50,9 +52,7 @@ if TYPE_CHECKING:
     from sinklens.perturbation import perturbation_spread
     from sinklens.perturbation_result import Perturbation
     from sinklens.pictures import sample_images
-    from sinklens.plain import PlainCapabilities, PlainModel
     from sinklens.planting import plant_sinks
-    from sinklens.proof import Capabilities, capabilities
     from sinklens.readers import reading_heads
     from sinklens.registers import Registers, register_tokens
     from sinklens.report.write import write_report
@@ -88,11 +88,11 @@ _HOMES = {
     "AttentionStatistics": "head_statistics",
     "BadInputError": "core.errors",
     "BosVariants": "variants",
-    "Capabilities": "proof",
+    "Capabilities": "bridge.capabilities",
     "Claims": "two_by_two",
     "Collapse": "collapse",
     "Experiment": "outcome",
-    "Flash": "flash_backend",
+    "Flash": "attention.backend",
     "HeadActivity": "dormant",
     "Hooks": "hooks",
     "Images": "images",
@@ -104,8 +104,8 @@ _HOMES = {
     "Neurons": "neurons",
     "PathSums": "path_sum",
     "Perturbation": "perturbation_result",
-    "PlainCapabilities": "plain",
-    "PlainModel": "plain",
+    "PlainCapabilities": "bridge.unbridged",
+    "PlainModel": "bridge.unbridged",
     "Registers": "registers",
     "Reproductions": "reproductions",
     "SelfTest": "self_test",
@@ -131,19 +131,19 @@ _HOMES = {
     "attention_view": "views",
     "attention_statistics": "head_statistics",
     "bos_variants": "variants",
-    "capabilities": "proof",
+    "capabilities": "bridge.capabilities",
     "check_model": "self_test",
     "compare_contexts": "contexts",
     "compare_methods": "sinks",
     "compare_mixing": "mixing",
     "decompose_sinks": "decompose",
     "find_sinks": "sinks",
-    "flash": "flash_context",
+    "flash": "attention.flash",
     "head_activity": "dormant",
     "image_map": "image_plots",
     "jacobian_norms": "pair_norms",
     "load_images": "images",
-    "load_model": "models",
+    "load_model": "models.load",
     "load_tokens": "loading",
     "matched_damage": "damage",
     "measure_collapse": "collapse",

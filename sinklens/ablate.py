@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.forward import Forward
@@ -16,7 +17,6 @@ from sinklens.hooks import Hooks
 from sinklens.partition import MODES, VALUES
 from sinklens.pattern_edit import edit_hooks, refuse_unless_editable
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import capabilities
 from sinklens.reference import Reference, gather_reference
 from sinklens.selection import Heads, Layers, select
 from sinklens.sink_edit import Ablation, SinkEdit

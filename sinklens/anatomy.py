@@ -37,15 +37,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_input, by_head, output_weights, scored_points, value_bias
+from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, block_input, by_head, output_weights, scored_points, value_bias
+from sinklens.bridge.capabilities import Capabilities, capabilities, same_model
+from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
 from sinklens.core.visibility import allowed_keys
-from sinklens.importance import FAR, MIN_FAR_QUERIES
-from sinklens.proof import Capabilities, capabilities, same_model
-from sinklens.refusals import refuse_unless_softmax
-from sinklens.running import run_blocks
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import Sink, SinkMap

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.kernels import View, blocked, fused, fused_takes, grouped
+from sinklens.attention.kernels import View, blocked, fused, fused_takes, grouped
 
 ROWS = 64  # query rows that share a view of their keys
 ABSENT = 2**40  # the column of a kept token that a row does not have: later than every query

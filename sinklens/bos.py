@@ -15,15 +15,15 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_input, block_output, grouped_by_head, unrotated_keys
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, block_input, block_output, grouped_by_head, unrotated_keys
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.loading import as_tokens, load_tokens
 from sinklens.places import Place, Places
-from sinklens.proof import capabilities
-from sinklens.running import run_blocks
 from sinklens.selection import Layers, select
 from sinklens.sink_edit import same_vector
 from sinklens.tokens import Tokens

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.catalogue import CATALOGUE, DEFAULT_MODEL
 from sinklens.cli_check import check
 from sinklens.cli_common import (
     Context,
@@ -39,6 +38,7 @@ from sinklens.cli_stream import stream
 from sinklens.cli_sweep import app as sweep_app
 from sinklens.cli_trace import trace
 from sinklens.core.errors import BadInputError
+from sinklens.models.catalogue import CATALOGUE, DEFAULT_MODEL
 
 app = typer.Typer(
     help="Find attention sinks in real models.",
@@ -97,7 +97,7 @@ def scan(
 ) -> None:
     """Scan a model for attention sinks: the sink rate, the layers, the tokens that draw attention."""
     import sinklens as sl
-    from sinklens.models import has_trained_head
+    from sinklens.models.load import has_trained_head
     from sinklens.scan import summarize
 
     if not 0 <= epsilon < 1:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import (
     Context,
     ContextOption,
@@ -29,6 +28,7 @@ from sinklens.cli_common import (
     stdout,
 )
 from sinklens.core.errors import BadInputError
+from sinklens.models.catalogue import DEFAULT_MODEL
 
 KINDS = ("all", "primary", "secondary")
 

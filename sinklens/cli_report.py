@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import (
     Context,
     CorpusOption,
@@ -22,6 +21,7 @@ from sinklens.cli_common import (
     source_of,
     stdout,
 )
+from sinklens.models.catalogue import DEFAULT_MODEL
 
 
 @friendly

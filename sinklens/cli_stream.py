@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import (
     Context,
     CorpusOption,
@@ -27,6 +26,7 @@ from sinklens.cli_common import (
     stdout,
 )
 from sinklens.core.errors import BadInputError
+from sinklens.models.catalogue import DEFAULT_MODEL
 
 
 @friendly

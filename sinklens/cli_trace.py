@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.catalogue import DEFAULT_MODEL
 from sinklens.cli_common import (
     Context,
     CorpusOption,
@@ -29,6 +28,7 @@ from sinklens.cli_common import (
 )
 from sinklens.cli_interventions import KINDS
 from sinklens.core.errors import BadInputError
+from sinklens.models.catalogue import DEFAULT_MODEL
 
 
 @friendly

@@ -28,15 +28,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_output
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import block_output
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.forward import numbered
 from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
-from sinklens.proof import capabilities
-from sinklens.running import run_blocks
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import mlp_of, original
+from sinklens.bridge.adapters import mlp_of, original
+from sinklens.bridge.capabilities import has_hook
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.frozen import frozen_norm
-from sinklens.proof import has_hook
 
 TOLERANCE = 1e-3
 ENDS = ("hook_in", "hook_out")

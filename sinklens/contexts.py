@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensWarning
 from sinklens.core.validation import public
 from sinklens.lives import Thresholds
 from sinklens.loading import load_tokens
-from sinklens.plain import PlainModel
 from sinklens.scores import sink_scores
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import from_scores

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_input
+from sinklens.bridge.adapters import block_input
+from sinklens.bridge.capabilities import capabilities
 from sinklens.components import writing_hook
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.loading import as_tokens
 from sinklens.metrics import token_loss
-from sinklens.proof import capabilities
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities, same_model
+from sinklens.bridge.requirements import refuse_half_precision, refuse_unless_softmax
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
@@ -20,9 +22,7 @@ from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_
 from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.mean_inputs import gather_means
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import capabilities, same_model
 from sinklens.reference import sinks_of
-from sinklens.refusals import refuse_half_precision, refuse_unless_softmax
 from sinklens.score_terms import PARAMETERS
 from sinklens.selection import Layers, select
 from sinklens.show.progress import progress_bar

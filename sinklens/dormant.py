@@ -25,15 +25,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, by_head, output_weights
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, by_head, output_weights
+from sinklens.bridge.capabilities import Capabilities, capabilities
+from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.core.visibility import allowed_keys
 from sinklens.loading import as_tokens
-from sinklens.proof import Capabilities, capabilities
-from sinklens.refusals import refuse_unless_softmax
-from sinklens.running import run_blocks
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens

@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.loading import as_tokens
-from sinklens.proof import capabilities
 from sinklens.rolling import check_recent
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar

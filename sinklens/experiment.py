@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.attention.backend import Flash
+from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.flash_backend import Flash
 from sinklens.flash_scores import choose_backend
 from sinklens.hooks import Hooks
 from sinklens.loading import as_tokens
 from sinklens.measuring import groups, measure
 from sinklens.metrics import METRICS, Metric
-from sinklens.models import untrained_twin
+from sinklens.models.load import untrained_twin
 from sinklens.outcome import UNTRAINED, Experiment
 from sinklens.plan import Plan, Planned, check_controls
 from sinklens.predictions import check_masking, predictions
-from sinklens.proof import capabilities, same_model
 from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks

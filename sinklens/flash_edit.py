@@ -16,19 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.attention.backend import Flash, told
+from sinklens.attention.kernels import ROWS, View, blocks, dense_output, dense_scores, scored, visible
 from sinklens.attention_edit import Attached, Seen
-from sinklens.flash_backend import Flash, told
-from sinklens.kernels import (
-    ROWS,
-    View,
-    blocks,
-    dense_output,
-    dense_scores,
-    scored,
-    visible,
-)
+from sinklens.bridge.capabilities import capabilities
 from sinklens.lean_edit import lean_attention
-from sinklens.proof import capabilities
 from sinklens.sink_edit import SinkEdit
 
 

@@ -9,16 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.attention.backend import busy
+from sinklens.attention.flash import flash
+from sinklens.attention.flash_proof import unsupported
+from sinklens.attention.importance import FAR, ColumnSums, by_position, visibility
+from sinklens.attention.kernels import View, blocked, dense_scores, fused, fused_takes
+from sinklens.attention.run import run_blocks
+from sinklens.attention.unbridged import run_stack
+from sinklens.bridge.capabilities import capabilities, record
+from sinklens.bridge.unbridged import PlainModel, refusal
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.flash_backend import busy
-from sinklens.flash_context import flash
-from sinklens.flash_proof import unsupported
-from sinklens.importance import FAR, ColumnSums, by_position, visibility
-from sinklens.kernels import View, blocked, dense_scores, fused, fused_takes
-from sinklens.plain import PlainModel, refusal
-from sinklens.plain_backend import run_stack
-from sinklens.proof import capabilities, record
-from sinklens.running import run_blocks
 from sinklens.states import model_inputs
 from sinklens.tokens import Tokens
 

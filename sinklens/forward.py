@@ -17,10 +17,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, either_backend
+from sinklens.attention.backend import Armed, hook_points, running
+from sinklens.bridge.adapters import attention_hook, either_backend
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensError
-from sinklens.flash_backend import Armed, hook_points, running
-from sinklens.proof import capabilities
 from sinklens.tokens import Tokens
 
 EMBED = "embed.hook_in"

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import (
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import (
     attention_hook,
     block_input,
     block_output,
@@ -28,10 +29,9 @@ from sinklens.attention import (
     score_scale,
     score_softcap,
 )
+from sinklens.bridge.capabilities import Capabilities, capabilities, has_hook
 from sinklens.core.errors import UnsupportedModelError
 from sinklens.frozen import FrozenNorm, Rotation, frozen_norm, identity_norm, rotations
-from sinklens.proof import Capabilities, capabilities, has_hook
-from sinklens.running import run_blocks
 from sinklens.score_terms import LayerScores, Scoring, Side
 
 POINTS = ("hook_in", "hook_q", "hook_k", "hook_v", "hook_q_normed", "hook_k_normed", "hook_cos", "hook_sin")

@@ -26,20 +26,20 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, value_bias
+from sinklens.attention.flash import flash
+from sinklens.attention.importance import FAR
+from sinklens.attention.kernels import Block, View, blocked, dense_scores, fused, fused_takes, grouped, without
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, grouped_by_head, learned_sink_logits, value_bias
+from sinklens.bridge.capabilities import Capabilities, capabilities
+from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
-from sinklens.flash_context import flash
 from sinklens.flash_scores import choose_backend
 from sinklens.forward import Forward
-from sinklens.importance import FAR
-from sinklens.kernels import Block, View, blocked, dense_scores, fused, fused_takes, grouped, without
 from sinklens.loading import as_tokens
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import Capabilities, capabilities
-from sinklens.refusals import refuse_unless_softmax
-from sinklens.running import run_blocks
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
 from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.core.validation import public, public_methods
-from sinklens.plain import PlainCapabilities, PlainModel
 from sinklens.tokens import STORED, Tokens, reads_images
 
 if TYPE_CHECKING:

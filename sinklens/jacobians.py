@@ -21,14 +21,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from sinklens.attention import attention_hook, block_input, block_output, original
+from sinklens.attention.backend import hooked
+from sinklens.bridge.adapters import attention_hook, block_input, block_output, original
+from sinklens.bridge.capabilities import capabilities, has_hook
+from sinklens.bridge.offload import refuse_offloaded
+from sinklens.bridge.torch_globals import PlainAttention, forward_mode
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.flash_backend import hooked
 from sinklens.forward import numbered
 from sinklens.frozen import frozen_norm
-from sinklens.offload import refuse_offloaded
-from sinklens.proof import capabilities, has_hook
-from sinklens.torch_globals import PlainAttention, forward_mode
 
 PROBES = 16
 CHUNK = 16  # tangents at once

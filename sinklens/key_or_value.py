@@ -13,18 +13,18 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
-from sinklens.attention import block_output
+from sinklens.attention.backend import hooked
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import block_output
+from sinklens.bridge.capabilities import capabilities
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.experiment import run_experiment
-from sinklens.flash_backend import hooked
 from sinklens.forward import numbered
 from sinklens.metrics import METRICS, token_metrics
-from sinklens.models import has_trained_head
+from sinklens.models.load import has_trained_head
 from sinklens.places import Places
 from sinklens.predictions import scored_logits
-from sinklens.proof import capabilities
-from sinklens.running import run_blocks
 from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sweeps import first_order, grows, scored_positions, sweep_ablation

@@ -14,17 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.attention.backend import plain
+from sinklens.attention.kernels import View, blocked, dense_output, dense_scores, fused, fused_takes, without
 from sinklens.attention_edit import Attached
-from sinklens.flash_backend import plain
-from sinklens.kernels import (
-    View,
-    blocked,
-    dense_output,
-    dense_scores,
-    fused,
-    fused_takes,
-    without,
-)
 from sinklens.partition import Parts, pair
 from sinklens.reference import bins
 from sinklens.sink_edit import SinkEdit, same_vector

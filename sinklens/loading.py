@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import record
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
 from sinklens.images import as_images
-from sinklens.plain import PlainModel
-from sinklens.proof import record
 from sinklens.tokens import Tokens, check_shapes, pad_rows, reads_images
 from sinklens.vocabulary import Vocabulary, vocabulary
 

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_output, logit_factor, original
+from sinklens.bridge.adapters import block_output, logit_factor, original
+from sinklens.bridge.capabilities import Capabilities, has_hook
+from sinklens.bridge.offload import real_weights
 from sinklens.decomposition import NUMBERS
 from sinklens.frozen import FrozenNorm, frozen_norm
-from sinklens.models import has_trained_head
-from sinklens.offload import real_weights
-from sinklens.proof import Capabilities, has_hook
+from sinklens.models.load import has_trained_head
 from sinklens.tokens import Tokens
 
 LATE = 0.75  # from this share of the layers on

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, grouped_by_head
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, grouped_by_head
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
-from sinklens.proof import capabilities
-from sinklens.running import run_blocks
 from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 

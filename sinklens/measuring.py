@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.flash_backend import hooked
-from sinklens.flash_context import flash
+from sinklens.attention.backend import hooked
+from sinklens.attention.flash import flash
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.capabilities import capabilities
 from sinklens.flash_edit import edited_attention
 from sinklens.forward import numbered
 from sinklens.hooks import Hooks
@@ -20,8 +22,6 @@ from sinklens.metrics import Metric, token_metrics
 from sinklens.pattern_edit import delegates
 from sinklens.plan import Plan, Planned
 from sinklens.predictions import row_logits
-from sinklens.proof import capabilities
-from sinklens.running import run_blocks
 from sinklens.sinkmap import assemble
 from sinklens.watch import Watch, Watches
 

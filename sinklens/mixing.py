@@ -24,14 +24,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
 from sinklens.loading import as_tokens
 from sinklens.mixing_result import INDICES, Mixing, MixingComparison
 from sinklens.mixing_setup import BASE, Conditions, Sinks, conditions_of, sinks_of
-from sinklens.models import untrained_twin
-from sinklens.proof import capabilities
+from sinklens.models.load import untrained_twin
 from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 

@@ -9,11 +9,11 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.damage import matched_damage
 from sinklens.metrics import token_loss
-from sinklens.proof import capabilities
 from sinklens.sinkmap import SinkMap
 
 KINDS = ("primary", "secondary", "undetermined")

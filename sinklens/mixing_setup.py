@@ -8,8 +8,8 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning
-from sinklens.proof import capabilities
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.tokens import Tokens

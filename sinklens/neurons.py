@@ -19,15 +19,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_output, mlp_of, original
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import block_output, mlp_of, original
+from sinklens.bridge.capabilities import capabilities, has_hook
+from sinklens.bridge.offload import real_weights
 from sinklens.components import Component, Contributions, component_name
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
-from sinklens.offload import real_weights
-from sinklens.proof import capabilities, has_hook
-from sinklens.running import run_blocks
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import flat, stream_hooks

@@ -25,7 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import (
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import (
     block_input,
     block_output,
     by_head,
@@ -34,6 +35,10 @@ from sinklens.attention import (
     output_weights,
     score_projection,
 )
+from sinklens.bridge.capabilities import capabilities, has_hook
+from sinklens.bridge.offload import refuse_offloaded
+from sinklens.bridge.requirements import refuse_half_precision
+from sinklens.bridge.torch_globals import forward_mode
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
@@ -42,15 +47,10 @@ from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
 from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Sinks, sinks_of
-from sinklens.offload import refuse_offloaded
-from sinklens.proof import capabilities, has_hook
-from sinklens.refusals import refuse_half_precision
-from sinklens.running import run_blocks
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import flat
 from sinklens.tokens import Tokens
-from sinklens.torch_globals import forward_mode
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -2,7 +2,7 @@
 
 Where the host reimplements attention, ``hook_pattern`` is what the values are multiplied with, and is edited there.
 Where it delegates (OPT, BERT), the pattern is only read off afterwards: a hook at the attention's input arms the edit,
-and the function registered in :mod:`sinklens.flash_backend` consumes it in the same call. Under flash all do that.
+and the function registered in :mod:`sinklens.attention.backend` consumes it in the same call. Under flash all do that.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, either_backend, grouped_by_head, scored_points, value_bias
+from sinklens.attention.backend import Armed, hook_points, once, running
+from sinklens.attention.flash_proof import unsupported
+from sinklens.attention.kernels import View
 from sinklens.attention_edit import Attached, PatternEdit, Seen
+from sinklens.bridge.adapters import attention_hook, either_backend, grouped_by_head, scored_points, value_bias
+from sinklens.bridge.capabilities import capabilities
+from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
-from sinklens.flash_backend import Armed, hook_points, once, running
 from sinklens.flash_edit import dense_attention, edited_attention
-from sinklens.flash_proof import unsupported
 from sinklens.forward import Forward
-from sinklens.kernels import View
-from sinklens.proof import capabilities
-from sinklens.refusals import refuse_unless_softmax
 
 BACKENDS = ("auto", "hooks", "flash")
 

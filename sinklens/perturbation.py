@@ -26,15 +26,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_output
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import block_output
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.forward import EMBED
 from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Conditions, Places, Sinks, conditions_of, sinks_of
 from sinklens.perturbation_result import Perturbation, Swap, others
-from sinklens.proof import capabilities
-from sinklens.running import run_blocks
 from sinklens.show.progress import progress_bar
 from sinklens.tokens import Tokens
 from sinklens.vocabulary import vocabulary

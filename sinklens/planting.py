@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities
 from sinklens.components import component_name
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.proof import capabilities
 from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import stream_parts
 from sinklens.trace_result import SinkTrace

@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import text_config
+from sinklens.bridge.adapters import text_config
+from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.forward import EMBED
-from sinklens.models import has_trained_head, native_tokenizer
-from sinklens.proof import capabilities, has_hook
+from sinklens.models.load import has_trained_head, native_tokenizer
 from sinklens.tokens import Tokens
 
 MOST_ROWS = 16  # masked copies of a sequence in one forward

@@ -20,15 +20,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, grouped_by_head, learned_sink_logits, unrotated_keys
+from sinklens.attention.backend import hooked
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, grouped_by_head, learned_sink_logits, unrotated_keys
+from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.flash_backend import hooked
 from sinklens.forward import Forward
 from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.partition import Partition
 from sinklens.places import Places, find_places
-from sinklens.proof import Capabilities, capabilities
-from sinklens.running import run_blocks
 from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks

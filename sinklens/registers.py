@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.bridge.capabilities import capabilities
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.images import Images, as_images
-from sinklens.plain import PlainModel
-from sinklens.proof import capabilities
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.states import stream

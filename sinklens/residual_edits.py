@@ -16,15 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_input
+from sinklens.attention.run import collect
+from sinklens.bridge.adapters import block_input
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import capabilities
 from sinklens.reference import reference_places
-from sinklens.running import collect
 from sinklens.selection import Layers, select
 from sinklens.show.progress import progress_bar
 from sinklens.sink_edit import same_vector

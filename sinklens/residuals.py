@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import record
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.lives import Thresholds
-from sinklens.plain import PlainModel
-from sinklens.proof import record
 from sinklens.show.progress import progress_bar
 from sinklens.states import block_inputs, block_outputs, typical_mean
 from sinklens.tokens import Tokens

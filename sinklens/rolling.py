@@ -21,16 +21,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_output
+from sinklens.attention.backend import Flash, plain, switched
+from sinklens.attention.kernels import View
+from sinklens.attention.run import run_blocks
 from sinklens.banded import ABSENT, banded
+from sinklens.bridge.adapters import block_output
+from sinklens.bridge.capabilities import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.flash_backend import Flash, plain, switched
 from sinklens.forward import Forward
-from sinklens.kernels import View
-from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities
 from sinklens.rotary import turns
-from sinklens.running import run_blocks
 from sinklens.sinkmap import SinkMap
 from sinklens.tokens import check_positions
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from sinklens.attention import block_output
+from sinklens.attention.backend import Flash, plain, switched
+from sinklens.attention.flash_proof import unsupported
+from sinklens.bridge.adapters import block_output
+from sinklens.bridge.capabilities import PROBE_LENGTH, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.flash_backend import Flash, plain, switched
-from sinklens.flash_proof import unsupported
 from sinklens.frozen import Rotation
-from sinklens.proof import PROBE_LENGTH, capabilities
 
 SHIFTS = (1, 499)  # one for the fast frequencies, one for the slow ones
 LENGTH_DEPENDENT = ("dynamic", "longrope")

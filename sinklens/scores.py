@@ -14,18 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook
+from sinklens.attention.backend import busy
+from sinklens.attention.importance import by_position, column_means, never_far, visibility
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook
+from sinklens.bridge.capabilities import Capabilities, capabilities, record
+from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
-from sinklens.flash_backend import busy
 from sinklens.flash_scores import choose_backend, flash_scores, only
-from sinklens.importance import by_position, column_means, never_far, visibility
 from sinklens.loading import as_tokens
-from sinklens.plain import PlainCapabilities, PlainModel
-from sinklens.proof import Capabilities, capabilities, record
-from sinklens.running import run_blocks
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import Advance, progress_bar
 from sinklens.tokens import Tokens, check_positions

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from sinklens.bridge.capabilities import Capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.places import Places
-from sinklens.proof import Capabilities
 
 Layers = int | Sequence[int] | None
 Heads = int | Sequence[int] | Sequence[tuple[int, int]] | None

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import record
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
 from sinklens.images import Images, load_images
 from sinklens.loading import as_tokens, load_tokens
-from sinklens.plain import PlainModel
-from sinklens.proof import record
 from sinklens.selftest import attention_checks as reading
 from sinklens.selftest import cause_checks as causes
 from sinklens.selftest import edit_checks as edits

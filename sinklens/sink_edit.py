@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import learned_sink_logits, score_scale, score_softcap, value_bias
 from sinklens.attention_edit import PatternEdit, Seen
+from sinklens.bridge.adapters import learned_sink_logits, score_scale, score_softcap, value_bias
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.forward import Forward
 from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair
 from sinklens.places import Places
-from sinklens.proof import capabilities
 from sinklens.reference import Reference, bins
 from sinklens.selection import Selection
 

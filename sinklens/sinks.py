@@ -11,14 +11,14 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
+from sinklens.bridge.capabilities import Capabilities, record, same_model
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
 from sinklens.lives import activity as active_where
 from sinklens.loading import as_tokens
-from sinklens.plain import PlainModel
-from sinklens.proof import Capabilities, record, same_model
 from sinklens.residuals import direction_activity, wong_sequences
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.sinkmap import Sink, SinkMap, assemble

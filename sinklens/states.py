@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_input, block_output
+from sinklens.attention.run import collect
+from sinklens.attention.unbridged import image_inputs, run_stack, text_inputs, watching
+from sinklens.attention.unbridged_flash import plain_flash
+from sinklens.bridge.adapters import block_input, block_output
+from sinklens.bridge.capabilities import capabilities
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import UnsupportedModelError
 from sinklens.images import Images
-from sinklens.plain import PlainModel
-from sinklens.plain_backend import image_inputs, run_stack, text_inputs, watching
-from sinklens.plain_flash import plain_flash
-from sinklens.proof import capabilities
-from sinklens.running import collect
 from sinklens.tokens import Tokens
 
 

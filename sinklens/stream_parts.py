@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import block_input, block_output
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import block_input, block_output
+from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.components import EMBEDDINGS, INSIDE, Component, Contributions
-from sinklens.proof import capabilities, has_hook
-from sinklens.running import run_blocks
 from sinklens.states import typical_mean
 
 NORM_RATIO = 3.0

@@ -15,15 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import logit_factor, original, text_config
+from sinklens.attention.flash import flash
+from sinklens.bridge.adapters import logit_factor, original, text_config
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
-from sinklens.flash_context import flash
 from sinklens.loading import as_tokens
 from sinklens.predictions import UNEMBED, predictions, scored_logits
-from sinklens.proof import capabilities
 from sinklens.rolling import Kept, streaming_attention
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar

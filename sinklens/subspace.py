@@ -18,12 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import mlp_of, original
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import mlp_of, original
+from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.components import component_name, writing_hook
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.proof import capabilities, has_hook
-from sinklens.running import run_blocks
 from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import flat
 from sinklens.trace_result import SinkTrace

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import learned_sink_logits
 from sinklens.attention_edit import PatternEdit, Seen
+from sinklens.bridge.adapters import learned_sink_logits
+from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.forward import Forward
@@ -25,7 +26,6 @@ from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair
 from sinklens.pattern_edit import edit_hooks, refuse_unless_editable
 from sinklens.places import Places, Sinks, find_places
-from sinklens.proof import Capabilities, capabilities
 from sinklens.selection import Heads, Layers, Selection, select
 
 KINDS = ("off-by-one", "learned-logit", "clipped")

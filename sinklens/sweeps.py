@@ -21,20 +21,20 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
-from sinklens.attention import attention_hook, block_input, grouped_by_head
+from sinklens.attention.backend import hooked
+from sinklens.bridge.adapters import attention_hook, block_input, grouped_by_head
+from sinklens.bridge.capabilities import capabilities
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.flash_backend import hooked
 from sinklens.forward import READERS, numbered
 from sinklens.hooks import Hooks
 from sinklens.loading import as_tokens
 from sinklens.metrics import METRICS, token_metrics
-from sinklens.models import has_trained_head
+from sinklens.models.load import has_trained_head
 from sinklens.pattern_edit import delegates
 from sinklens.places import Sinks, find_places
 from sinklens.predictions import drawn, scored_logits
-from sinklens.proof import capabilities
 from sinklens.show.progress import progress_bar
 from sinklens.sweep_result import Sweep
 from sinklens.tokens import Tokens

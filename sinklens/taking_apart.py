@@ -13,16 +13,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.anatomy import stable_rank
-from sinklens.attention import attention_hook, original, output_weights, residual_multiplier, value_bias
+from sinklens.attention.importance import FAR
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, original, output_weights, residual_multiplier, value_bias
+from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.components import Component, Contributions
 from sinklens.decomposition import NUMBERS, Subject
 from sinklens.frozen import FrozenNorm, frozen_norm
 from sinklens.head_inputs import LayerInputs, points_of, read_layer
-from sinklens.importance import FAR
 from sinklens.logit_effects import LogitEffects
 from sinklens.mean_inputs import MeanInputs
-from sinklens.proof import capabilities, has_hook
-from sinklens.running import run_blocks
 from sinklens.score_terms import far_queries, key_weights, query_weights, split_margin
 from sinklens.stream_parts import flat, stream_hooks
 from sinklens.tokens import Tokens

@@ -20,11 +20,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.offload import check_device
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
-from sinklens.offload import check_device
-from sinklens.plain import PlainModel
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.vocabulary import Vocabulary
 

@@ -19,13 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities, same_model
+from sinklens.bridge.requirements import refuse_half_precision
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.gathered import Looked
 from sinklens.lives import activity
 from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens
-from sinklens.proof import capabilities, same_model
-from sinklens.refusals import refuse_half_precision
 from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.sinks import find_sinks

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.components import Component
 from sinklens.lives import activity
-from sinklens.refusals import refuse_unless_softmax
 from sinklens.trace_rows import Row, check_writing, run_rows
 from sinklens.traced import WRITER, Traced
 

@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_input, block_output
+from sinklens.attention.importance import FAR
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, block_input, block_output
+from sinklens.bridge.capabilities import capabilities
 from sinklens.components import Component, writing_hook
 from sinklens.core.errors import UnsupportedModelError
-from sinklens.importance import FAR
 from sinklens.metrics import METRICS, token_metrics
-from sinklens.proof import capabilities
-from sinklens.running import run_blocks
 
 PATTERN_BYTES = 2**28  # of one layer's patterns over the rows of a batch
 

@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.validation import public, public_methods
 from sinklens.loading import as_tokens
 from sinklens.metrics import token_loss
 from sinklens.predictions import predictions
-from sinklens.proof import capabilities
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.tokens import Tokens, pad_rows
 from sinklens.vocabulary import vocabulary

@@ -13,13 +13,13 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook
+from sinklens.attention.run import collect
+from sinklens.bridge.adapters import attention_hook
+from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.core.visibility import allowed_keys
 from sinklens.loading import as_tokens
-from sinklens.proof import Capabilities, capabilities
-from sinklens.running import collect
 from sinklens.show.circuitsvis import LONGEST_VIEW, TokenView, offline_view, safe_labels, visible_token
 from sinklens.show.theme import SCALE, escape_hover, themed
 from sinklens.tokens import Tokens

@@ -12,11 +12,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import record
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public, public_methods
-from sinklens.models import native_tokenizer
-from sinklens.plain import PlainModel
-from sinklens.proof import record
+from sinklens.models.load import native_tokenizer
 from sinklens.show.notebook import ShownInJupyter
 
 

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_output, either_backend
-from sinklens.importance import ColumnSums, visibility
-from sinklens.kernels import Block, View, blocks
-from sinklens.proof import capabilities
+from sinklens.attention.importance import ColumnSums, visibility
+from sinklens.attention.kernels import Block, View, blocks
+from sinklens.bridge.adapters import attention_hook, block_output, either_backend
+from sinklens.bridge.capabilities import capabilities
 
 ENTROPY_STEP = 4  # every fourth query
 ROWS = 128

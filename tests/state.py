@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 import sinklens
-from sinklens import flash_backend, registered
+from sinklens.attention import backend as flash_backend
+from sinklens.attention import interface as registered
 
 PACKAGE = str(Path(sinklens.__file__).parent)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -14,7 +14,7 @@ from naive_edits import SEEN, naive_logits, naive_row, plain_row
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.attention import learned_sink_logits, value_bias
+from sinklens.bridge.adapters import learned_sink_logits, value_bias
 from sinklens.loading import as_tokens
 
 SIMPLE: list[tuple[str, dict[str, Any]]] = [

@@ -18,8 +18,8 @@ from state import Strike, Struck, changed, model_state, process_state
 
 import sinklens as sl
 from sinklens import streaming
-from sinklens.plain_backend import watching
-from sinklens.torch_globals import own_generator
+from sinklens.attention.unbridged import watching
+from sinklens.bridge.torch_globals import own_generator
 
 STRIKES = int(
     os.environ.get("SINKLENS_STRIKES", "1")

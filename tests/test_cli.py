@@ -148,7 +148,7 @@ def test_ctrl_c_ends_with_status_130(monkeypatch) -> None:
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sinklens.models.fetch", interrupted)
+    monkeypatch.setattr("sinklens.models.load.fetch", interrupted)
     code, shown = run("scan")
     assert code == 130
     assert "interrupted" in shown
@@ -165,7 +165,7 @@ def test_tokens_that_look_like_markup_are_escaped_on_the_page(tmp_path: Path) ->
 
 
 def test_an_output_folder_that_is_a_file_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("sinklens.models.fetch", lambda name: pytest.fail("work was done"))
+    monkeypatch.setattr("sinklens.models.load.fetch", lambda name: pytest.fail("work was done"))
     (tmp_path / "file").write_text("x")
     for command in ("scan", "sinks"):
         code, shown = run(command, "--out", str(tmp_path / "file"))

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import sinklens as sl
-from sinklens.attention import attention_hook
+from sinklens.bridge.adapters import attention_hook
+from sinklens.bridge.capabilities import has_hook
 from sinklens.components import EMBEDDINGS, ENDS, INSIDE, Contributions
 from sinklens.decomposition import NUMBERS
 from sinklens.head_inputs import read_layers
 from sinklens.loading import as_tokens
-from sinklens.proof import has_hook
 from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS
 from sinklens.stream_parts import flat
 

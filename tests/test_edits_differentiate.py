@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 import sinklens as sl
-from sinklens.attention import block_input, block_output
+from sinklens.bridge.adapters import block_input, block_output
 
 LENGTH = 12
 MODES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import sinklens as sl
-from sinklens import embedded
+from sinklens.models import fetch as embedded
 
 
 @pytest.fixture

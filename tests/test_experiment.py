@@ -15,12 +15,12 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens import measuring
+from sinklens.bridge.capabilities import capabilities
 from sinklens.controls import CONTROLS
 from sinklens.loading import as_tokens
 from sinklens.places import Place, Places
 from sinklens.plan import Plan
 from sinklens.predictions import predictions
-from sinklens.proof import capabilities
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from test_ablate import SIMPLE, SINKS, WITH_REFERENCE, batch_of, left
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.flash_backend import running
-from sinklens.flash_proof import unsupported
-from sinklens.registered import NAME
+from sinklens.attention.backend import running
+from sinklens.attention.flash_proof import unsupported
+from sinklens.attention.interface import NAME
 
 REACHED = (
     "gpt2", "llama", "qwen2", "neox", "gemma3", "gpt-oss", "mistral", "gemma2", "qwen3", "olmo2", "opt", "bert", "phi3",

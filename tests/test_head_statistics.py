@@ -15,7 +15,7 @@ from test_ablate import batch_of, learned_of, planted_map
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.attention import value_bias
+from sinklens.bridge.adapters import value_bias
 
 NAMES = ("gpt2", "llama", "qwen2", "neox", "gemma3", "gpt-oss", "gemma2", "opt", "bert")
 SINKS = (0, 7)

@@ -12,7 +12,7 @@ from PIL import Image
 from plain_models import build_pair, picture
 
 import sinklens as sl
-from sinklens.plain import PlainModel
+from sinklens.bridge.unbridged import PlainModel
 
 
 @pytest.fixture(scope="module")

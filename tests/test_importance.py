@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sinklens.attention.importance import by_position, column_means, visibility
 from sinklens.core.visibility import allowed_keys
-from sinklens.importance import by_position, column_means, visibility
 
 
 def causal_columns(pattern: torch.Tensor):

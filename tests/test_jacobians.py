@@ -10,7 +10,8 @@ import torch
 from architectures import build, build_pair, random_rows
 
 import sinklens as sl
-from sinklens.attention import original
+from sinklens.bridge.adapters import original
+from sinklens.bridge.torch_globals import PlainAttention
 from sinklens.jacobians import (
     Stream,
     chi_square_interval,
@@ -21,7 +22,6 @@ from sinklens.jacobians import (
     probes,
     spectral_norm,
 )
-from sinklens.torch_globals import PlainAttention
 
 LENGTH = 7
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinklens.importance import FAR, ColumnSums, visibility
-from sinklens.kernels import View, blocked, dense_output, dense_scores, fused, fused_takes, without
+from sinklens.attention.importance import FAR, ColumnSums, visibility
+from sinklens.attention.kernels import View, blocked, dense_output, dense_scores, fused, fused_takes, without
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, view: View, hidden: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

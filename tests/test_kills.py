@@ -27,8 +27,9 @@ from reporting import SMALL, texts
 from typer.testing import CliRunner
 
 import sinklens as sl
-from sinklens import embedded, lab, sweep
+from sinklens import lab, sweep
 from sinklens.cli import app
+from sinklens.models import fetch as embedded
 from sinklens.report import export as exporting
 from sinklens.report import run as running
 from sinklens.report import write as writing

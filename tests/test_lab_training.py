@@ -156,7 +156,7 @@ def test_lab_models_are_kept_and_read_whole(tmp_path: Path) -> None:
 
 def test_an_untrained_twin_has_other_weights_of_the_same_shape(tmp_path: Path) -> None:
     bridge = load_lab_model(save_lab_model(LabModel(SHORT.fitted(), 4), SHORT, 4, tmp_path / "model.safetensors"))
-    from sinklens.models import untrained_twin
+    from sinklens.models.load import untrained_twin
 
     twin = untrained_twin(bridge, seed=7)
     assert sl.capabilities(twin) == sl.capabilities(bridge)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_tokens import word_tokenizer
 
 import sinklens as sl
-from sinklens import embedded
-from sinklens.models import has_trained_head
+from sinklens.models import fetch as embedded
+from sinklens.models.load import has_trained_head
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def offline(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr("sinklens.models.model_info", refuse)
+    monkeypatch.setattr("sinklens.models.load.model_info", refuse)
 
 
 def test_a_folder_an_object_and_a_bridge_give_the_same_raw_model(folder: Path) -> None:
@@ -66,7 +66,7 @@ def test_an_id_that_the_hub_does_not_know_is_refused(monkeypatch) -> None:
     def unknown(name, timeout):
         raise ValueError(f"404: no {name}")
 
-    monkeypatch.setattr("sinklens.models.model_info", unknown)
+    monkeypatch.setattr("sinklens.models.load.model_info", unknown)
     with pytest.raises(sl.BadInputError, match="404: no some/model"):
         sl.load_model("some/model")
 

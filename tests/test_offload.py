@@ -14,8 +14,8 @@ from test_tokens import word_tokenizer
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.attention import learned_sink_logits, output_weights, score_projection, value_bias
-from sinklens.offload import input_device, offloaded, real_weights
+from sinklens.bridge.adapters import learned_sink_logits, output_weights, score_projection, value_bias
+from sinklens.bridge.offload import input_device, offloaded, real_weights
 
 NAMES = ("llama", "qwen2", "gpt2", "bert", "gpt-oss")
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 
 import sinklens as sl
-from sinklens.onnx_weights import write_dinov2
+from sinklens.models.onnx_weights import write_dinov2
 
 _EXPORTED = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
 

@@ -240,7 +240,7 @@ def test_the_massive_activation_criterion_is_suns() -> None:
 def test_a_real_model_agrees_with_every_published_measure(smollm2: Any, text_a: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    from sinklens.embedded import fetch
+    from sinklens.models.fetch import fetch
 
     hf = AutoModelForCausalLM.from_pretrained(fetch("smollm2-135m"), dtype=torch.float32).eval()
     tokens = as_tokens(smollm2, text_a)

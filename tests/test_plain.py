@@ -17,8 +17,8 @@ from test_tokens import word_tokenizer
 from typer.testing import CliRunner
 
 import sinklens as sl
+from sinklens.attention.unbridged import NAME, run_stack
 from sinklens.cli import app
-from sinklens.plain_backend import NAME, run_stack
 from sinklens.states import block_inputs, block_outputs
 
 LENGTHS = (60, 41, 52)

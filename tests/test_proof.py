@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import sinklens as sl
-from sinklens.proof import _records, check_finite_weights, prove
+from sinklens.bridge.capabilities import _records, check_finite_weights, prove
 
 # causal, rope, pattern edit, scores are logits, learned sinks, KV heads, windows
 EXPECTED = {

@@ -98,7 +98,7 @@ def test_a_gguf_file_loads_as_it_is_and_is_converted_once(tmp_path: Path, monkey
     """The embedded wheel's own GGUF, given as a user's file, is the same model."""
     import zipfile
 
-    from sinklens import embedded
+    from sinklens.models import fetch as embedded
 
     monkeypatch.setenv("SINKLENS_CACHE", str(tmp_path))
     entry = embedded.CATALOGUE["smollm2-135m"]

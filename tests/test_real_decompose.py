@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.attention import attention_hook
+from sinklens.bridge.adapters import attention_hook
 from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS
 
 pytestmark = pytest.mark.real

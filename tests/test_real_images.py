@@ -47,7 +47,7 @@ def test_the_converted_weights_compute_what_the_graph_does(dinov2: sl.PlainModel
 def test_alpha_is_the_column_mean_of_the_eager_patterns(
     dinov2: sl.PlainModel, small: sl.Images, scores: sl.SinkScores
 ) -> None:
-    from sinklens.plain_backend import implementation
+    from sinklens.attention.unbridged import implementation
 
     with torch.no_grad(), implementation(dinov2.original_model, "eager"):
         patterns = dinov2(pixel_values=small[:1].pixels, output_attentions=True).attentions

@@ -12,7 +12,7 @@ from conftest import TEXT_A
 from test_cli import run
 
 import sinklens as sl
-from sinklens.embedded import fetch
+from sinklens.models.fetch import fetch
 from sinklens.streaming import StreamingCache, streaming_attention, streaming_loss
 
 pytestmark = pytest.mark.real

@@ -12,7 +12,7 @@ from test_cli import run
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.models import untrained_twin
+from sinklens.models.load import untrained_twin
 
 pytestmark = pytest.mark.real
 

@@ -16,7 +16,8 @@ from test_embedded import cache, files, wheel  # noqa: F401 (fixtures)
 from test_tokens import word_tokenizer
 
 import sinklens as sl
-from sinklens import embedded, lab, sweep
+from sinklens import lab, sweep
+from sinklens.models import fetch as embedded
 from sinklens.sweep.folder import ResultFolder
 
 SOURCES = sorted(Path(sl.__file__).parent.rglob("*.py"))

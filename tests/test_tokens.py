@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import sinklens as sl
 from sinklens.corpora import pieces_in_order, sample_pieces
 from sinklens.loading import as_tokens
-from sinklens.models import native_tokenizer
+from sinklens.models.load import native_tokenizer
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "the", "cat", "sat", "on", "mat", "."]
 

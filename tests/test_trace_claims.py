@@ -212,7 +212,7 @@ def test_the_subspace_needs_writers_enough_sinks_and_others(model: TransformerBr
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "neox"])
 def test_an_mlp_runs_by_itself_on_given_inputs(name: str) -> None:
-    from sinklens.running import collect
+    from sinklens.attention.run import collect
 
     _, model = build_pair(name)
     mlp = _Mlp(model, 1)

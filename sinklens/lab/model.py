@@ -11,10 +11,10 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.sources.native.model import NativeModel
 
+from sinklens.bridge.torch_globals import own_generator
 from sinklens.core.errors import BadInputError
 from sinklens.lab.attention import LabAttention, show_scores
 from sinklens.lab.kinds import AttentionKind, kind_named
-from sinklens.torch_globals import own_generator
 
 MLPS = {"swiglu": ("silu", True), "geglu": ("gelu", True), "gelu": ("gelu", False), "relu": ("relu", False)}
 NORMS = {"rms": "RMS", "layer": "LN", "none": None}

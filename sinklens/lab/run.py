@@ -22,7 +22,7 @@ from sinklens.lab.model import LabModel
 from sinklens.lab.study import LabConfig, Study, config_of, read_study
 from sinklens.lab.tasks import Batch
 from sinklens.lab.training import CHECKPOINT, evaluation_batch, moved, train
-from sinklens.models import load_model
+from sinklens.models.load import load_model
 from sinklens.show.notebook import ShownInJupyter
 
 MODEL = "model.safetensors"

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from sinklens.bridge.capabilities import PROBE_LENGTH
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.lab.bigrams import BigramBackcopy, Recall
@@ -18,7 +19,6 @@ from sinklens.lab.model import ModelConfig
 from sinklens.lab.schedule import TrainConfig
 from sinklens.lab.tasks import Backcopy
 from sinklens.lab.text import Text
-from sinklens.proof import PROBE_LENGTH
 
 TASKS: dict[str, Any] = {task.__name__: task for task in (Backcopy, BigramBackcopy, Recall, Text)}
 AnyTask = Backcopy | BigramBackcopy | Recall | Text

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Integer
 from transformers import AutoTokenizer
 
-from sinklens.catalogue import CATALOGUE
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public
 from sinklens.corpora import read_corpus
-from sinklens.embedded import fetch
 from sinklens.lab.tasks import Batch
+from sinklens.models.catalogue import CATALOGUE
+from sinklens.models.fetch import fetch
 
 BYTES = 257  # id 0 is BOS, id b + 1 the byte b
 HELD_OUT = 0.05

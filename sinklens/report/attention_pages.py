@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sinklens as sl
-from sinklens.proof import record
+from sinklens.bridge.capabilities import record
 from sinklens.report.shelf import Entry, Shelf
 from sinklens.report.stages import Material
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sinklens.offload import real_weights
-from sinklens.proof import record
+from sinklens.bridge.capabilities import record
+from sinklens.bridge.offload import real_weights
 from sinklens.report.sizes import Sizes
 from sinklens.sweep.keys import code_version
 from sinklens.tokens import Tokens

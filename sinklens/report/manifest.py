@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sinklens.bridge.capabilities import record
 from sinklens.core.storage import write_text
-from sinklens.proof import record
 from sinklens.report.page import Told
 from sinklens.report.shelf import Entry
 from sinklens.show.page import manifest

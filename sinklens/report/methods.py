@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from sinklens.catalogue import CATALOGUE
+from sinklens.bridge.capabilities import record
 from sinklens.core.intervals import MIN_DOCUMENTS
-from sinklens.proof import record
+from sinklens.models.catalogue import CATALOGUE
 from sinklens.report.stages import STAGES, Material
 
 FORMULAS = (

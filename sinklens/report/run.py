@@ -6,8 +6,8 @@ import time
 import warnings
 from collections.abc import Callable
 
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
-from sinklens.proof import capabilities
 from sinklens.report.shelf import Entry, Shelf
 from sinklens.report.stages import STAGES, Material, Stage
 from sinklens.show.progress import stderr

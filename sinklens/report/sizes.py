@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
+from sinklens.bridge.capabilities import record
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import MIN_DOCUMENTS
-from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.loading import load_tokens
-from sinklens.proof import record
 from sinklens.tokens import Tokens
 
 

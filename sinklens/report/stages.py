@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import sinklens as sl
-from sinklens.proof import record
+from sinklens.bridge.capabilities import record
 from sinklens.report.sizes import Sizes
 from sinklens.tokens import Tokens
 

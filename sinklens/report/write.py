@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import record
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import write_text
 from sinklens.core.validation import public
 from sinklens.loading import as_tokens
-from sinklens.models import load_model
-from sinklens.plain import PlainModel
-from sinklens.proof import record
+from sinklens.models.load import load_model
 from sinklens.report.attention_pages import write_attention
 from sinklens.report.export import export
 from sinklens.report.identity import identity, key_of, weights_digest

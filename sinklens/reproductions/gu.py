@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.attention import attention_hook, block_output, by_head, scored_points
+from sinklens.attention.run import collect
+from sinklens.bridge.adapters import attention_hook, block_output, by_head, scored_points
+from sinklens.bridge.capabilities import capabilities
 from sinklens.loading import load_tokens
-from sinklens.proof import capabilities
 from sinklens.reproductions.claims import (
     Above,
     Below,
@@ -24,7 +25,6 @@ from sinklens.reproductions.claims import (
     torch_ratio,
 )
 from sinklens.reproductions.originals import Subject
-from sinklens.running import collect
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.tokens import Tokens
 

@@ -64,9 +64,9 @@ class Subject:
 
 def subject_of(model: TransformerBridge, name: str) -> Subject:
     """What a model is, by its name and its sizes: a folder called gpt2 with other sizes is no GPT-2."""
-    from sinklens.attention import score_projection
+    from sinklens.bridge.adapters import score_projection
+    from sinklens.bridge.capabilities import capabilities
     from sinklens.core.errors import UnsupportedModelError
-    from sinklens.proof import capabilities
     from sinklens.vocabulary import vocabulary
 
     facts = capabilities(model)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.attention import attention_hook, by_head, score_projection, scored_points
+from sinklens.bridge.adapters import attention_hook, by_head, score_projection, scored_points
+from sinklens.bridge.capabilities import capabilities
 from sinklens.decompose import decompose_sinks
-from sinklens.proof import capabilities
 from sinklens.reproductions.claims import Above, Claim, Entry, Quantity, Setting, measured
 from sinklens.reproductions.gu import EPSILON, LENGTH, per_sequence
 from sinklens.reproductions.originals import Subject
@@ -24,7 +24,7 @@ def bias_logits(model: Any, one: Tokens) -> Tensor:
 
     The paper writes ``b_Q W_K^T x_j``; in GPT-2 k_j holds b_K too, which adds the same to all keys.
     """
-    from sinklens.running import collect
+    from sinklens.attention.run import collect
 
     facts = capabilities(model)
     point = (scored_points(facts.fires, facts.rope) or ("hook_q", "hook_k"))[1]

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning
 from sinklens.core.validation import public
-from sinklens.models import load_model
-from sinklens.plain import PlainModel
+from sinklens.models.load import load_model
 from sinklens.reproductions.catalogue import chosen
 from sinklens.reproductions.claims import Entry, Quantity, Setting, verdict
 from sinklens.reproductions.originals import ORIGINALS, Subject, at_hand, subject_of

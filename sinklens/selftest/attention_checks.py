@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from sinklens.anatomy import sink_anatomy
-from sinklens.attention import attention_hook, block_input
+from sinklens.attention.flash import flash
+from sinklens.attention.flash_proof import unsupported
+from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
+from sinklens.bridge.adapters import attention_hook, block_input
+from sinklens.bridge.capabilities import prove
 from sinklens.contexts import compare_contexts
 from sinklens.core.errors import SinklensWarning
-from sinklens.flash_context import flash
-from sinklens.flash_proof import unsupported
 from sinklens.head_statistics import attention_statistics
-from sinklens.importance import FAR, MIN_FAR_QUERIES
 from sinklens.lives import Thresholds
 from sinklens.loading import load_tokens
 from sinklens.metrics import token_loss
-from sinklens.proof import prove
 from sinklens.residuals import direction_criterion, wong_detect
 from sinklens.scores import sink_scores
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.attention import block_input
+from sinklens.attention.importance import FAR
+from sinklens.bridge.adapters import block_input
 from sinklens.components import Component, writing_hook
 from sinklens.core.errors import BadInputError
 from sinklens.decompose import decompose_sinks
 from sinklens.gathered import Looked
-from sinklens.importance import FAR
 from sinklens.loading import as_tokens
 from sinklens.neurons import writer_neurons
 from sinklens.planting import plant_sinks

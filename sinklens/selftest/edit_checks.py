@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sinklens.ablate import ablate_sinks
-from sinklens.attention import block_input
 from sinklens.bos import patch_bos
+from sinklens.bridge.adapters import block_input
 from sinklens.core.errors import BadInputError
 from sinklens.damage import damage, matched_damage
 from sinklens.experiment import run_experiment

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.attention import output_weights
+from sinklens.bridge.adapters import output_weights
 from sinklens.dormant import head_activity
 from sinklens.metrics import token_loss
 from sinklens.mixing_edits import mixing_conditions

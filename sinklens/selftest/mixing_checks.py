@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinklens.ablate import ablate_sinks
-from sinklens.attention import attention_hook, block_input, block_output
+from sinklens.bridge.adapters import attention_hook, block_input, block_output
 from sinklens.collapse import measure_collapse
 from sinklens.core.errors import SinklensWarning
 from sinklens.mixing import compare_mixing, measure_mixing

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sinklens.attention.flash import flash
+from sinklens.attention.unbridged import implementation, run_stack, watching
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.contexts import compare_contexts
 from sinklens.core.errors import SinklensWarning
-from sinklens.flash_context import flash
 from sinklens.images import Images, load_images
 from sinklens.lives import Thresholds
 from sinklens.loading import load_tokens
-from sinklens.plain import PlainModel
-from sinklens.plain_backend import implementation, run_stack, watching
-from sinklens.plain_proof import prove_plain
+from sinklens.models.unbridged_proof import prove_plain
 from sinklens.registers import register_tokens
 from sinklens.scores import sink_scores
 from sinklens.selftest.attention_checks import between, naive_scores

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.lives import Thresholds
 from sinklens.predictions import predictions
-from sinklens.proof import Capabilities, capabilities
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.selftest.written_out import Edit, Written, plain, write_out
 from sinklens.sinkmap import Sink, SinkMap
@@ -94,7 +94,7 @@ class Subject:
 
     def states(self, hooks: Sequence[Any] = ()) -> Float[Tensor, "layer batch pos d_model"]:
         """Block outputs of the host, with hooks."""
-        from sinklens.attention import block_output
+        from sinklens.bridge.adapters import block_output
 
         kept: list[Tensor] = []
 

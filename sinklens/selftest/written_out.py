@@ -17,7 +17,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import (
+from sinklens.attention.backend import Flash, switched
+from sinklens.attention.flash_proof import unsupported
+from sinklens.attention.kernels import View
+from sinklens.bridge.adapters import (
     attention_hook,
     block_output,
     grouped_by_head,
@@ -26,11 +29,8 @@ from sinklens.attention import (
     scored_points,
     value_bias,
 )
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.visibility import allowed_keys
-from sinklens.flash_backend import Flash, switched
-from sinklens.flash_proof import unsupported
-from sinklens.kernels import View
-from sinklens.proof import capabilities
 from sinklens.selftest.kinds_written_out import kind_of
 
 

@@ -19,7 +19,7 @@ class Read(Protocol):
     """What a model read (``Tokens``), as a manifest names it."""
 
     @property
-    def digest(self) -> str:
+    def digest(self) -> Any:  # a str; kept once computed, which no protocol of a str allows
         """A hash of the ids."""
         ...
 

@@ -19,11 +19,11 @@ from typing import Any
 from huggingface_hub import model_info, try_to_load_from_cache
 
 import sinklens
-from sinklens.cache import sha256_of
-from sinklens.catalogue import CATALOGUE
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import write_text
 from sinklens.corpora import is_file, read_corpus
+from sinklens.models.cache import sha256_of
+from sinklens.models.catalogue import CATALOGUE
 from sinklens.sweep.jobs import Job
 from sinklens.sweep.specs import ModelSpec, TextSpec, spec_of
 

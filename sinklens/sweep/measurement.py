@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import SinklensWarning, UnsupportedModelError
 from sinklens.hooks import Hooks
-from sinklens.plain import PlainModel
 from sinklens.scores import SinkScores, sink_scores
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import from_scores

@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning
-from sinklens.models import load_model
+from sinklens.models.load import load_model
 from sinklens.sweep.edits import load_text
 from sinklens.sweep.folder import ResultFolder
 from sinklens.sweep.jobs import Job

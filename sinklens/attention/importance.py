@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinklens.attention.kernels import Block
 from sinklens.core.visibility import allowed_keys, row_blocks
-from sinklens.kernels import Block
 
 FAR = 16  # queries closer than this are local attention, not a sink's
 MIN_FAR_QUERIES = 32  # fewer say nothing: NaN, never 0

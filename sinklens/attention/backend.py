@@ -8,7 +8,8 @@ exception. Which kernel ran in which layer is in ``Flash.paths``.
 
 Edits of attention arm themselves by a hook on ``blocks.i.attn.hook_in`` and are consumed by the function in the same
 call. Hooks that cannot fire here (``hook_pattern``, ``hook_attn_scores``, rotated queries and keys) are refused: none
-is passed over in silence. :mod:`sinklens.flash_proof` compares every layer with the hooks backend before the first use.
+is passed over in silence. :mod:`sinklens.attention.flash_proof` compares every layer with the hooks backend before the
+first use.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-from sinklens.attention import attention_hook
+from sinklens.attention.interface import NAME, owners, put_forward
+from sinklens.attention.kernels import View, blocked, fused, fused_takes
+from sinklens.bridge.adapters import attention_hook
+from sinklens.bridge.capabilities import capabilities, record
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import SinklensError, UnsupportedModelError
 from sinklens.core.validation import turn
-from sinklens.kernels import View, blocked, fused, fused_takes
-from sinklens.plain import PlainModel
-from sinklens.proof import capabilities, record
-from sinklens.registered import NAME, owners, put_forward
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, View], tuple[Tensor, str]]
 SILENT = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k", "hook_result")

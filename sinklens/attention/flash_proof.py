@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import attention_hook, block_output, either_backend
+from sinklens.attention.backend import Flash, hook_points, note_unheard, switched
+from sinklens.attention.run import run_blocks
+from sinklens.bridge.adapters import attention_hook, block_output, either_backend
+from sinklens.bridge.capabilities import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities, has_hook
 from sinklens.core.errors import SinklensError
-from sinklens.flash_backend import Flash, hook_points, note_unheard, switched
-from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities, has_hook
-from sinklens.running import run_blocks
 
 _reasons: WeakKeyDictionary[TransformerBridge, str] = WeakKeyDictionary()
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from sinklens.attention.kernels import View
 from sinklens.core.errors import BadInputError, SinklensError
-from sinklens.kernels import View
 
 NAME = "sinklens_plain"
 

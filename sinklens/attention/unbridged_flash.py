@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sinklens.attention.backend import Flash
+from sinklens.attention.kernels import View
+from sinklens.attention.unbridged import attending
+from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
 from sinklens.core.errors import UnsupportedModelError
 from sinklens.core.validation import turn
 from sinklens.core.visibility import allowed_keys, row_blocks
-from sinklens.flash_backend import Flash
-from sinklens.kernels import View
-from sinklens.plain import PlainCapabilities, PlainModel
-from sinklens.plain_backend import attending
 
 
 @contextlib.contextmanager

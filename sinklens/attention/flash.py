@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.attention.backend import Flash, switched
+from sinklens.attention.flash_proof import unsupported
+from sinklens.attention.unbridged_flash import plain_flash
+from sinklens.bridge.capabilities import capabilities
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.flash_backend import Flash, switched
-from sinklens.flash_proof import unsupported
-from sinklens.plain import PlainModel
-from sinklens.plain_flash import plain_flash
-from sinklens.proof import capabilities
 
 
 @public

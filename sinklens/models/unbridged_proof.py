@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
-from sinklens.kernels import Block, View, blocked
-from sinklens.plain import PlainCapabilities, PlainModel
-from sinklens.plain_backend import (
+from sinklens.attention.kernels import Block, View, blocked
+from sinklens.attention.unbridged import (
     attending,
     image_inputs,
     implementation,
@@ -29,8 +27,10 @@ from sinklens.plain_backend import (
     text_inputs,
     watching,
 )
-from sinklens.plain_flash import plain_flash
-from sinklens.proof import LONGEST_WINDOW_PROBE, PROBE_LENGTH, check_support, is_causal
+from sinklens.attention.unbridged_flash import plain_flash
+from sinklens.bridge.capabilities import LONGEST_WINDOW_PROBE, PROBE_LENGTH, check_support, is_causal
+from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
+from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
 
 PROBE_GRID = (4, 5)  # patches; not square, so that rows and columns cannot be mistaken for each other
 

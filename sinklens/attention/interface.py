@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from sinklens.attention.kernels import View
 from sinklens.core.errors import BadInputError, SinklensError
-from sinklens.kernels import View
 
 NAME = "sinklens"
 

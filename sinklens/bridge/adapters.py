@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.bridge.offload import real_weights
 from sinklens.core.errors import UnsupportedModelError
-from sinklens.offload import real_weights
 
 
 def attention_hook(layer: int, point: str) -> str:

@@ -26,15 +26,15 @@ from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from sinklens.catalogue import CATALOGUE
+from sinklens.bridge.capabilities import capabilities, check_finite_weights
+from sinklens.bridge.offload import check_device, input_device, offloaded
+from sinklens.bridge.torch_globals import own_generator
+from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.core.validation import public, shortened
-from sinklens.embedded import convert_gguf, fetch, quiet_transformers
-from sinklens.offload import check_device, input_device, offloaded
-from sinklens.plain import PlainModel
-from sinklens.plain_proof import prove_plain
-from sinklens.proof import capabilities, check_finite_weights
-from sinklens.torch_globals import own_generator
+from sinklens.models.catalogue import CATALOGUE
+from sinklens.models.fetch import convert_gguf, fetch, quiet_transformers
+from sinklens.models.unbridged_proof import prove_plain
 
 # Encoders saved without a head have no adapter; the same weights under a masked-LM head have one. The head is
 # then random and never used.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinklens.cache import cache_dir, is_complete
+from sinklens.models.cache import cache_dir, is_complete
 
 
 @dataclass(frozen=True)
