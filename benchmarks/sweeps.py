@@ -26,7 +26,7 @@ def measure(contender: str, name: str, length: int) -> dict[str, float]:
 
     import sinklens as sl
     from sinklens.experiment import scored_logits
-    from sinklens.metrics import kl, loss
+    from sinklens.forward.metrics import kl, loss
 
     torch.set_num_threads(1)
     model = sl.load_model(name)

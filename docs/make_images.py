@@ -15,7 +15,7 @@ from findings_tools import put, table
 from PIL import Image
 
 import sinklens as sl
-from sinklens.states import block_inputs
+from sinklens.forward.states import block_inputs
 
 DOCS = Path(__file__).parent
 

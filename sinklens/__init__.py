@@ -31,14 +31,17 @@ if TYPE_CHECKING:
     from sinklens.dormant import HeadActivity, head_activity
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
+    from sinklens.forward.metrics import token_loss
     from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
     from sinklens.image_page import write_images
     from sinklens.image_plots import image_map
-    from sinklens.images import Images, load_images
+    from sinklens.inputs.images import Images, load_images
+    from sinklens.inputs.load import load_tokens
+    from sinklens.inputs.sample_images import sample_images
+    from sinklens.inputs.tokens import Tokens
+    from sinklens.inputs.vocabulary import NamedTokens, named_tokens
     from sinklens.lives import Thresholds
-    from sinklens.loading import load_tokens
-    from sinklens.metrics import token_loss
     from sinklens.mixing import compare_mixing, measure_mixing
     from sinklens.mixing_edits import MixingConditions, mixing_conditions
     from sinklens.mixing_page import write_mixing
@@ -51,7 +54,6 @@ if TYPE_CHECKING:
     from sinklens.path_sum import PathSums, path_sums
     from sinklens.perturbation import perturbation_spread
     from sinklens.perturbation_result import Perturbation
-    from sinklens.pictures import sample_images
     from sinklens.planting import plant_sinks
     from sinklens.readers import reading_heads
     from sinklens.registers import Registers, register_tokens
@@ -70,7 +72,6 @@ if TYPE_CHECKING:
     from sinklens.swap import restrict_attention, swap_attention
     from sinklens.sweep_result import Sweep
     from sinklens.sweeps import sweep_ablation
-    from sinklens.tokens import Tokens
     from sinklens.trace import trace_sinks
     from sinklens.trace_page import write_trace
     from sinklens.trace_result import SinkTrace
@@ -78,7 +79,6 @@ if TYPE_CHECKING:
     from sinklens.variants import BosVariants, bos_variants
     from sinklens.verdicts import Verdict
     from sinklens.views import attention_grid, attention_map, attention_view
-    from sinklens.vocabulary import NamedTokens, named_tokens
 
 __version__ = "0.1.0"
 
@@ -95,12 +95,12 @@ _HOMES = {
     "Flash": "attention.backend",
     "HeadActivity": "dormant",
     "Hooks": "hooks",
-    "Images": "images",
+    "Images": "inputs.images",
     "MatchedDamage": "damage",
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
     "MixingConditions": "mixing_edits",
-    "NamedTokens": "vocabulary",
+    "NamedTokens": "inputs.vocabulary",
     "Neurons": "neurons",
     "PathSums": "path_sum",
     "Perturbation": "perturbation_result",
@@ -120,7 +120,7 @@ _HOMES = {
     "Sweep": "sweep_result",
     "Thresholds": "lives",
     "TokenView": "show.circuitsvis",
-    "Tokens": "loading",
+    "Tokens": "inputs.load",
     "TwoByTwo": "two_by_two",
     "UnsupportedModelError": "core.errors",
     "Verdict": "verdicts",
@@ -142,15 +142,15 @@ _HOMES = {
     "head_activity": "dormant",
     "image_map": "image_plots",
     "jacobian_norms": "pair_norms",
-    "load_images": "images",
+    "load_images": "inputs.images",
     "load_model": "models.load",
-    "load_tokens": "loading",
+    "load_tokens": "inputs.load",
     "matched_damage": "damage",
     "measure_collapse": "collapse",
     "measure_mixing": "mixing",
     "mixing_by_length": "mixing_sweeps",
     "mixing_conditions": "mixing_edits",
-    "named_tokens": "vocabulary",
+    "named_tokens": "inputs.vocabulary",
     "norm_and_mass": "secondary_claims",
     "patch_bos": "bos",
     "path_sums": "path_sum",
@@ -162,13 +162,13 @@ _HOMES = {
     "reproduce": "reproductions",
     "restrict_attention": "swap",
     "run_experiment": "experiment",
-    "sample_images": "pictures",
+    "sample_images": "inputs.sample_images",
     "sink_anatomy": "anatomy",
     "sink_levels": "secondary_claims",
     "sink_scores": "scores",
     "swap_attention": "swap",
     "sweep_ablation": "sweeps",
-    "token_loss": "metrics",
+    "token_loss": "forward.metrics",
     "trace_sinks": "trace",
     "write_decomposition": "decompose_page",
     "write_experiment": "experiment_page",

@@ -46,11 +46,11 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
 from sinklens.core.visibility import allowed_keys
+from sinklens.forward.states import typical_mean
+from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import Sink, SinkMap
-from sinklens.states import typical_mean
-from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

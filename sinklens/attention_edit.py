@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens.core.errors import UnsupportedModelError
-from sinklens.forward import Forward
+from sinklens.forward.follow import Forward
 
 
 class PatternEdit:

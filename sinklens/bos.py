@@ -20,13 +20,13 @@ from sinklens.bridge.adapters import attention_hook, block_input, block_output, 
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.forward import Forward
+from sinklens.forward.follow import Forward
 from sinklens.hooks import Hooks
-from sinklens.loading import as_tokens, load_tokens
+from sinklens.inputs.load import as_tokens, load_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.places import Place, Places
 from sinklens.selection import Layers, select
 from sinklens.sink_edit import same_vector
-from sinklens.tokens import Tokens
 
 SITES = ("resid_pre", "resid_post", "k", "v", "mlp_out", "attn_out")
 Source = str | int | Sequence[str] | Tensor | Tokens | Mapping[str, Tensor] | ActivationCache

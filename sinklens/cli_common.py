@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.core.validation import shortened
-from sinklens.corpora import is_file
+from sinklens.inputs.corpora import is_file
 from sinklens.show.progress import stderr
 
 stdout = Console()

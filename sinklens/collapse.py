@@ -34,12 +34,12 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
-from sinklens.forward import numbered
-from sinklens.loading import as_tokens
+from sinklens.forward.follow import numbered
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.mixing_setup import Conditions, Sinks, conditions_of, sinks_of
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.core.errors import BadInputError
+from sinklens.inputs.tokens import Tokens
 from sinklens.places import Place, Places, apply_predicate
 from sinklens.sinkmap import SinkMap
-from sinklens.tokens import Tokens
 
 CONTROLS = ("random", "recent", "same_id", "matched")
 

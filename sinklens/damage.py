@@ -19,11 +19,11 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.components import writing_hook
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.loading import as_tokens
-from sinklens.metrics import token_loss
+from sinklens.forward.metrics import token_loss
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.tokens import Tokens
 
 KINDS = ("noise", "mlp")
 STEPS = 14

@@ -49,9 +49,9 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
+from sinklens.inputs.tokens import Tokens
 from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS, SPLITS
 from sinklens.show.notebook import ShownInJupyter
-from sinklens.tokens import Tokens
 from sinklens.two_by_two import Claims, TwoByTwo
 
 if TYPE_CHECKING:

@@ -33,10 +33,10 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.core.visibility import allowed_keys
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.tokens import Tokens
 
 KIND = "HeadActivity"
 

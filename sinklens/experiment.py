@@ -17,19 +17,19 @@ from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.flash_scores import choose_backend
+from sinklens.forward.metrics import METRICS, Metric
+from sinklens.forward.predictions import check_masking, predictions
 from sinklens.hooks import Hooks
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.measuring import groups, measure
-from sinklens.metrics import METRICS, Metric
 from sinklens.models.load import untrained_twin
 from sinklens.outcome import UNTRAINED, Experiment
 from sinklens.plan import Plan, Planned, check_controls
-from sinklens.predictions import check_masking, predictions
 from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import SinkMap
 from sinklens.sinks import find_sinks
 from sinklens.store import Store
-from sinklens.tokens import Tokens
 
 Intervention = Sequence[tuple[Any, Callable[..., Any]]] | Callable[[Tokens], Hooks]
 

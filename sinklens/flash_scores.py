@@ -19,8 +19,8 @@ from sinklens.attention.unbridged import run_stack
 from sinklens.bridge.capabilities import capabilities, record
 from sinklens.bridge.unbridged import PlainModel, refusal
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.states import model_inputs
-from sinklens.tokens import Tokens
+from sinklens.forward.states import model_inputs
+from sinklens.inputs.tokens import Tokens
 
 BACKENDS = ("auto", "hooks", "flash")
 

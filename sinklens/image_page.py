@@ -11,7 +11,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
 from sinklens.image_plots import image_map
-from sinklens.images import Images
+from sinklens.inputs.images import Images
 from sinklens.registers import Registers
 from sinklens.scores import SinkScores
 from sinklens.show.page import html_table, manifest, render

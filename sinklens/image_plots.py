@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sinklens.core.errors import BadInputError, SinklensError
 from sinklens.core.validation import public
-from sinklens.images import Images
+from sinklens.inputs.images import Images
 from sinklens.show.theme import ACCENT, COLOURS, INK, MUTED, SCALE, band, escape_hover, themed
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.bridge.offload import refuse_offloaded
 from sinklens.bridge.torch_globals import PlainAttention, forward_mode
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.forward import numbered
+from sinklens.forward.follow import numbered
 from sinklens.frozen import frozen_norm
 
 PROBES = 16

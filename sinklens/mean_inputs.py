@@ -15,8 +15,8 @@ from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import attention_hook, grouped_by_head
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
+from sinklens.inputs.tokens import Tokens
 from sinklens.show.progress import progress_bar
-from sinklens.tokens import Tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,13 +15,13 @@ from sinklens.attention.flash import flash
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.capabilities import capabilities
 from sinklens.flash_edit import edited_attention
-from sinklens.forward import numbered
+from sinklens.forward.follow import numbered
+from sinklens.forward.metrics import Metric, token_metrics
+from sinklens.forward.predictions import row_logits
 from sinklens.hooks import Hooks
 from sinklens.lives import activity as active_where
-from sinklens.metrics import Metric, token_metrics
 from sinklens.pattern_edit import delegates
 from sinklens.plan import Plan, Planned
-from sinklens.predictions import row_logits
 from sinklens.sinkmap import assemble
 from sinklens.watch import Watch, Watches
 

@@ -11,10 +11,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.jacobians import Stream, exact_columns, fitting_chunk, spectral_norm
-from sinklens.loading import as_tokens
 from sinklens.show.progress import progress_bar
-from sinklens.tokens import Tokens
 
 STEPS = 200
 

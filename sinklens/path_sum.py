@@ -42,15 +42,15 @@ from sinklens.bridge.torch_globals import forward_mode
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
-from sinklens.forward import numbered
+from sinklens.forward.follow import numbered
 from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
-from sinklens.loading import as_tokens
 from sinklens.mixing_setup import Sinks, sinks_of
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 from sinklens.stream_parts import flat
-from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -22,7 +22,7 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.flash_edit import dense_attention, edited_attention
-from sinklens.forward import Forward
+from sinklens.forward.follow import Forward
 
 BACKENDS = ("auto", "hooks", "flash")
 

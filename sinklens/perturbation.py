@@ -31,13 +31,13 @@ from sinklens.bridge.adapters import block_output
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.forward import EMBED
-from sinklens.loading import as_tokens
+from sinklens.forward.follow import EMBED
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
+from sinklens.inputs.vocabulary import vocabulary
 from sinklens.mixing_setup import Conditions, Places, Sinks, conditions_of, sinks_of
 from sinklens.perturbation_result import Perturbation, Swap, others
 from sinklens.show.progress import progress_bar
-from sinklens.tokens import Tokens
-from sinklens.vocabulary import vocabulary
 
 SWAPS = 100
 MOST_ROWS = 8  # swaps of a sequence in one forward, beside the sequence itself

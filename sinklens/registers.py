@@ -26,11 +26,11 @@ from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
-from sinklens.images import Images, as_images
+from sinklens.forward.states import stream
+from sinklens.inputs.images import Images, as_images
+from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.states import stream
-from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

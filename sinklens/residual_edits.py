@@ -21,15 +21,15 @@ from sinklens.bridge.adapters import block_input
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.forward import Forward
+from sinklens.forward.follow import Forward
+from sinklens.forward.states import typical_mean
 from sinklens.hooks import Hooks
+from sinklens.inputs.tokens import Tokens
 from sinklens.places import Places, Sinks, find_places
 from sinklens.reference import reference_places
 from sinklens.selection import Layers, select
 from sinklens.show.progress import progress_bar
 from sinklens.sink_edit import same_vector
-from sinklens.states import typical_mean
-from sinklens.tokens import Tokens
 
 RESIDUAL_MODES = ("massive_zero", "massive_mean", "project", "rescale")
 MASSIVE = 100.0  # times the median entry of the same hidden state

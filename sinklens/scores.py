@@ -25,10 +25,10 @@ from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
 from sinklens.flash_scores import choose_backend, flash_scores, only
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens, check_positions
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import Advance, progress_bar
-from sinklens.tokens import Tokens, check_positions
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

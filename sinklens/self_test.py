@@ -34,8 +34,10 @@ from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
-from sinklens.images import Images, load_images
-from sinklens.loading import as_tokens, load_tokens
+from sinklens.inputs.images import Images, load_images
+from sinklens.inputs.load import as_tokens, load_tokens
+from sinklens.inputs.tokens import Tokens
+from sinklens.inputs.vocabulary import vocabulary
 from sinklens.selftest import attention_checks as reading
 from sinklens.selftest import cause_checks as causes
 from sinklens.selftest import edit_checks as edits
@@ -45,8 +47,6 @@ from sinklens.selftest import plain_checks as plain
 from sinklens.selftest.subject import LENGTH, Parts, Subject
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.tokens import Tokens
-from sinklens.vocabulary import vocabulary
 
 CHECKS: dict[str, Callable[[Subject, Parts], None]] = {
     "load_model": reading.check_model_runs,

@@ -17,9 +17,9 @@ from torch import Tensor
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
+from sinklens.inputs.tokens import Tokens
 from sinklens.lives import Life, Thresholds, activity, kind_of, lives, main_life, strongest
 from sinklens.show.notebook import ShownInJupyter
-from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -15,7 +15,7 @@ from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import block_input, block_output
 from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.components import EMBEDDINGS, INSIDE, Component, Contributions
-from sinklens.states import typical_mean
+from sinklens.forward.states import typical_mean
 
 NORM_RATIO = 3.0
 

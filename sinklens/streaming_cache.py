@@ -17,9 +17,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.inputs.tokens import check_positions
 from sinklens.rolling import check_recent
 from sinklens.rotary import Turn, turns
-from sinklens.tokens import check_positions
 
 
 class StreamingCache(Cache):

@@ -21,7 +21,7 @@ from sinklens.bridge.adapters import learned_sink_logits
 from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.forward import Forward
+from sinklens.forward.follow import Forward
 from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair
 from sinklens.pattern_edit import edit_hooks, refuse_unless_editable

@@ -16,8 +16,8 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
+from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
-from sinklens.tokens import Tokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

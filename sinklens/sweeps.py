@@ -27,17 +27,17 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.forward import READERS, numbered
+from sinklens.forward.follow import READERS, numbered
+from sinklens.forward.metrics import METRICS, token_metrics
+from sinklens.forward.predictions import drawn, scored_logits
 from sinklens.hooks import Hooks
-from sinklens.loading import as_tokens
-from sinklens.metrics import METRICS, token_metrics
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
 from sinklens.pattern_edit import delegates
 from sinklens.places import Sinks, find_places
-from sinklens.predictions import drawn, scored_logits
 from sinklens.show.progress import progress_bar
 from sinklens.sweep_result import Sweep
-from sinklens.tokens import Tokens
 
 OVER = ("layer", "head", "layer-head", "dose")
 DOSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)

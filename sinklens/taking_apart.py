@@ -21,11 +21,11 @@ from sinklens.components import Component, Contributions
 from sinklens.decomposition import NUMBERS, Subject
 from sinklens.frozen import FrozenNorm, frozen_norm
 from sinklens.head_inputs import LayerInputs, points_of, read_layer
+from sinklens.inputs.tokens import Tokens
 from sinklens.logit_effects import LogitEffects
 from sinklens.mean_inputs import MeanInputs
 from sinklens.score_terms import far_queries, key_weights, query_weights, split_margin
 from sinklens.stream_parts import flat, stream_hooks
-from sinklens.tokens import Tokens
 from sinklens.written import direction, numbers, off_manifold, written
 
 POST_NORM = ("ln1_post.hook_in", "ln1_post.hook_out")

@@ -24,16 +24,16 @@ from sinklens.bridge.requirements import refuse_half_precision
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.gathered import Looked
+from sinklens.inputs.load import DEFAULT_SEQUENCES, as_tokens, load_tokens
+from sinklens.inputs.tokens import Tokens
+from sinklens.inputs.vocabulary import vocabulary
 from sinklens.lives import activity
-from sinklens.loading import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.show.progress import progress_bar
 from sinklens.sinkmap import Sink, SinkMap
 from sinklens.sinks import find_sinks
-from sinklens.tokens import Tokens
 from sinklens.trace_causes import Causes
 from sinklens.trace_result import SinkTrace
 from sinklens.traced import Phase, Traced
-from sinklens.vocabulary import vocabulary
 
 REPLACEMENTS = ("same_id", "zero", "mean", "project")
 

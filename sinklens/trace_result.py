@@ -18,9 +18,9 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
+from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.sinkmap import Sink
-from sinklens.tokens import Tokens
 from sinklens.traced import Phase, Traced
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from sinklens.bridge.adapters import attention_hook, block_input, block_output
 from sinklens.bridge.capabilities import capabilities
 from sinklens.components import Component, writing_hook
 from sinklens.core.errors import UnsupportedModelError
-from sinklens.metrics import METRICS, token_metrics
+from sinklens.forward.metrics import METRICS, token_metrics
 
 PATTERN_BYTES = 2**28  # of one layer's patterns over the rows of a batch
 

@@ -19,12 +19,12 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.validation import public, public_methods
-from sinklens.loading import as_tokens
-from sinklens.metrics import token_loss
-from sinklens.predictions import predictions
+from sinklens.forward.metrics import token_loss
+from sinklens.forward.predictions import predictions
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens, pad_rows
+from sinklens.inputs.vocabulary import vocabulary
 from sinklens.show.notebook import ShownInJupyter
-from sinklens.tokens import Tokens, pad_rows
-from sinklens.vocabulary import vocabulary
 
 VARIANTS = ("keep", "removed", "replaced", "doubled", "middle")
 SHORTEST = 4

@@ -19,10 +19,10 @@ from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.core.visibility import allowed_keys
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.show.circuitsvis import LONGEST_VIEW, TokenView, offline_view, safe_labels, visible_token
 from sinklens.show.theme import SCALE, escape_hover, themed
-from sinklens.tokens import Tokens
 
 LONGEST_GRID = 64
 KINDS = ("probabilities", "logits")

@@ -12,7 +12,7 @@ import torch
 from planted import X, Y, planted_model, row
 
 import sinklens as sl
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
 from sinklens.report.sizes import QUICK
 
 LAYERS = 6

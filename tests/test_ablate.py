@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.bridge.adapters import learned_sink_logits, value_bias
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
 
 SIMPLE: list[tuple[str, dict[str, Any]]] = [
     ("renormalize", {}),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.collapse import MEASURES, ROWS, Collapse, collapse_measures, measure_collapse
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
 
 SINKS = (0, 2)
 

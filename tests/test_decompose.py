@@ -22,7 +22,7 @@ from sinklens.bridge.capabilities import has_hook
 from sinklens.components import EMBEDDINGS, ENDS, INSIDE, Contributions
 from sinklens.decomposition import NUMBERS
 from sinklens.head_inputs import read_layers
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
 from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS
 from sinklens.stream_parts import flat
 

@@ -17,10 +17,10 @@ import sinklens as sl
 from sinklens import measuring
 from sinklens.bridge.capabilities import capabilities
 from sinklens.controls import CONTROLS
-from sinklens.loading import as_tokens
+from sinklens.forward.predictions import predictions
+from sinklens.inputs.load import as_tokens
 from sinklens.places import Place, Places
 from sinklens.plan import Plan
-from sinklens.predictions import predictions
 
 
 @pytest.fixture(scope="module")

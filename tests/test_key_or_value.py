@@ -14,8 +14,8 @@ from test_ablate import bias_of
 from torch import Tensor
 
 import sinklens as sl
+from sinklens.inputs.load import as_tokens
 from sinklens.key_or_value import _by_forwards, embedding_changes, shortened
-from sinklens.loading import as_tokens
 from sinklens.places import Place, Places, find_places
 from sinklens.two_by_two import CELLS, Claims, TwoByTwo, shapley
 

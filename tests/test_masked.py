@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.loading import as_tokens
-from sinklens.predictions import predictions
+from sinklens.forward.predictions import predictions
+from sinklens.inputs.load import as_tokens
 
 MASK = 7
 ENCODERS = ("bert", "roberta")

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.components import Component
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
 from sinklens.neurons import Neurons
 from sinklens.traced import Phase, Traced
 

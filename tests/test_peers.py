@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.collapse import MEASURES, ROWS
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
 from sinklens.residuals import wong_sequences
 
 DECODERS = ("gpt2", "llama", "qwen2", "neox")

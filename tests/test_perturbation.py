@@ -15,7 +15,7 @@ from test_ablate import planted_map
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
 from sinklens.perturbation import perturbation_spread, swap_changes
 from sinklens.perturbation_result import Perturbation, Swap
 

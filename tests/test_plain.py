@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import sinklens as sl
 from sinklens.attention.unbridged import NAME, run_stack
 from sinklens.cli import app
-from sinklens.states import block_inputs, block_outputs
+from sinklens.forward.states import block_inputs, block_outputs
 
 LENGTHS = (60, 41, 52)
 CLOSE = {"atol": 2e-6, "rtol": 0, "equal_nan": True}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import sinklens as sl
 from sinklens.cli import app
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
 from sinklens.reproductions import CATALOGUE, ORIGINALS, Above, Below, Claim, Equals, Quantity, Subject, verdict
 from sinklens.reproductions.claims import measured
 from sinklens.reproductions.gu import first_token_norms, moved_positions

@@ -24,8 +24,8 @@ from test_trace import planted_writers, texts
 import sinklens as sl
 from sinklens.contexts import shuffle
 from sinklens.damage import damage
+from sinklens.inputs.load import as_tokens
 from sinklens.lab import train
-from sinklens.loading import as_tokens
 from sinklens.selftest.cause_checks import MANY, made
 from sinklens.selftest.subject import LENGTH, Subject
 from sinklens.streaming import eviction_study

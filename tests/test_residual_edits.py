@@ -11,7 +11,7 @@ from test_ablate import greedy, left, planted_map
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.states import typical_mean
+from sinklens.forward.states import typical_mean
 
 
 def stream(model: Any, ids: Tensor, layer: int, hooks: Any = (), mask: Tensor | None = None) -> Tensor:

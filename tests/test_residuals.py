@@ -9,8 +9,8 @@ import torch
 from architectures import build_pair, random_rows
 
 import sinklens as sl
+from sinklens.inputs.load import as_tokens
 from sinklens.lives import Thresholds
-from sinklens.loading import as_tokens
 from sinklens.residuals import direction_criterion, wong_detect, wong_label, wong_level, wong_sequences
 
 

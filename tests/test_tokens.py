@@ -14,8 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 import sinklens as sl
-from sinklens.corpora import pieces_in_order, sample_pieces
-from sinklens.loading import as_tokens
+from sinklens.inputs.corpora import pieces_in_order, sample_pieces
+from sinklens.inputs.load import as_tokens
 from sinklens.models.load import native_tokenizer
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "the", "cat", "sat", "on", "mat", "."]

@@ -14,8 +14,8 @@ from sinklens.ablate import ablate_sinks
 from sinklens.anatomy import sink_anatomy
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.decompose import decompose_sinks
+from sinklens.forward.metrics import token_loss
 from sinklens.lab.tasks import Batch
-from sinklens.metrics import token_loss
 from sinklens.mixing import compare_mixing
 from sinklens.sinks import find_sinks
 from sinklens.trace import trace_sinks

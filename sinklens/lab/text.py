@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public
-from sinklens.corpora import read_corpus
+from sinklens.inputs.corpora import read_corpus
 from sinklens.lab.tasks import Batch
 from sinklens.models.catalogue import CATALOGUE
 from sinklens.models.fetch import fetch

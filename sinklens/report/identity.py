@@ -11,9 +11,9 @@ import torch
 
 from sinklens.bridge.capabilities import record
 from sinklens.bridge.offload import real_weights
+from sinklens.inputs.tokens import Tokens
 from sinklens.report.sizes import Sizes
 from sinklens.sweep.keys import code_version
-from sinklens.tokens import Tokens
 
 
 def weights_digest(model: Any) -> str:

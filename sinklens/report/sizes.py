@@ -9,8 +9,8 @@ from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
 from sinklens.bridge.capabilities import record
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import MIN_DOCUMENTS
-from sinklens.loading import load_tokens
-from sinklens.tokens import Tokens
+from sinklens.inputs.load import load_tokens
+from sinklens.inputs.tokens import Tokens
 
 
 @dataclass(frozen=True)

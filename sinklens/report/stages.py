@@ -9,8 +9,8 @@ from typing import Any
 
 import sinklens as sl
 from sinklens.bridge.capabilities import record
+from sinklens.inputs.tokens import Tokens
 from sinklens.report.sizes import Sizes
-from sinklens.tokens import Tokens
 
 MODES = ("zero", "renormalize")
 REPLACEMENTS = ("same_id",)  # what the verdict on a writer needs

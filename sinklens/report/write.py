@@ -15,7 +15,8 @@ from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import write_text
 from sinklens.core.validation import public
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens, reads_images
 from sinklens.models.load import load_model
 from sinklens.report.attention_pages import write_attention
 from sinklens.report.export import export
@@ -30,7 +31,6 @@ from sinklens.report.sizes import FULL, QUICK, text_of
 from sinklens.report.stages import Material
 from sinklens.report.story import finding
 from sinklens.report.tables import write_tables
-from sinklens.tokens import Tokens, reads_images
 
 
 @public

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sinklens.core.errors import BadInputError
-from sinklens.loading import load_tokens
+from sinklens.inputs.load import load_tokens
+from sinklens.inputs.vocabulary import vocabulary
 from sinklens.perturbation import perturbation_spread
 from sinklens.perturbation_result import Perturbation
 from sinklens.reproductions.claims import (
@@ -29,7 +30,6 @@ from sinklens.reproductions.gu import per_sequence
 from sinklens.reproductions.originals import Subject
 from sinklens.scores import sink_scores
 from sinklens.variants import bos_variants
-from sinklens.vocabulary import vocabulary
 
 PAPER = "Barbero et al. 2025, Why do LLMs attend to the first token? (2504.02732)"
 STRICT, EPSILON, LENGTH = 0.8, 0.3, 64

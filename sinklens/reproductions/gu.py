@@ -10,7 +10,8 @@ from torch import Tensor
 from sinklens.attention.run import collect
 from sinklens.bridge.adapters import attention_hook, block_output, by_head, scored_points
 from sinklens.bridge.capabilities import capabilities
-from sinklens.loading import load_tokens
+from sinklens.inputs.load import load_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.reproductions.claims import (
     Above,
     Below,
@@ -26,7 +27,6 @@ from sinklens.reproductions.claims import (
 )
 from sinklens.reproductions.originals import Subject
 from sinklens.scores import SinkScores, sink_scores
-from sinklens.tokens import Tokens
 
 PAPER = "Gu et al. 2025, When Attention Sink Emerges in Language Models (2410.10781)"
 EPSILON, LENGTH, SEQUENCES = 0.3, 64, 100

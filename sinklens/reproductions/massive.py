@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sinklens.core.errors import BadInputError
 from sinklens.experiment import run_experiment
+from sinklens.forward.states import block_inputs
+from sinklens.inputs.tokens import Tokens
 from sinklens.reproductions.claims import (
     Above,
     Below,
@@ -24,8 +26,6 @@ from sinklens.reproductions.claims import (
 )
 from sinklens.reproductions.originals import Subject
 from sinklens.residual_edits import ablate_residual, massive
-from sinklens.states import block_inputs
-from sinklens.tokens import Tokens
 
 PAPER = "Sun et al. 2024, Massive Activations in Large Language Models (2402.17762)"
 

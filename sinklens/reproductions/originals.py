@@ -67,7 +67,7 @@ def subject_of(model: TransformerBridge, name: str) -> Subject:
     from sinklens.bridge.adapters import score_projection
     from sinklens.bridge.capabilities import capabilities
     from sinklens.core.errors import UnsupportedModelError
-    from sinklens.vocabulary import vocabulary
+    from sinklens.inputs.vocabulary import vocabulary
 
     facts = capabilities(model)
     original, doubt = "", ""

@@ -19,18 +19,18 @@ from sinklens.bridge.adapters import attention_hook, block_input
 from sinklens.bridge.capabilities import prove
 from sinklens.contexts import compare_contexts
 from sinklens.core.errors import SinklensWarning
+from sinklens.forward.metrics import token_loss
 from sinklens.head_statistics import attention_statistics
+from sinklens.inputs.load import load_tokens
+from sinklens.inputs.tokens import Tokens
+from sinklens.inputs.vocabulary import named_tokens, vocabulary
 from sinklens.lives import Thresholds
-from sinklens.loading import load_tokens
-from sinklens.metrics import token_loss
 from sinklens.residuals import direction_criterion, wong_detect
 from sinklens.scores import sink_scores
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
 from sinklens.selftest.written_out import visible
 from sinklens.sinks import compare_methods, find_sinks, from_scores
-from sinklens.tokens import Tokens
 from sinklens.views import attention_grid, attention_map
-from sinklens.vocabulary import named_tokens, vocabulary
 
 
 def backends(subject: Subject) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from sinklens.components import Component, writing_hook
 from sinklens.core.errors import BadInputError
 from sinklens.decompose import decompose_sinks
 from sinklens.gathered import Looked
-from sinklens.loading import as_tokens
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 from sinklens.neurons import writer_neurons
 from sinklens.planting import plant_sinks
 from sinklens.score_terms import BEYOND, SPLITS
@@ -23,7 +24,6 @@ from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import Layer, visible
 from sinklens.sinkmap import Sink
 from sinklens.subspace import writer_subspace
-from sinklens.tokens import Tokens
 from sinklens.trace import trace_sinks
 from sinklens.trace_causes import Causes
 from sinklens.trace_result import SinkTrace

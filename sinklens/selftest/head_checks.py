@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinklens.bridge.adapters import output_weights
 from sinklens.dormant import head_activity
-from sinklens.metrics import token_loss
+from sinklens.forward.metrics import token_loss
 from sinklens.mixing_edits import mixing_conditions
 from sinklens.selftest.naive_edit import naive_edit
 from sinklens.selftest.subject import SINKS, Parts, Subject, gap

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sinklens.ablate import ablate_sinks
 from sinklens.bos import patch_bos
 from sinklens.core.errors import BadInputError
-from sinklens.loading import load_tokens
+from sinklens.inputs.load import load_tokens
+from sinklens.inputs.tokens import Tokens
+from sinklens.inputs.vocabulary import named_tokens
 from sinklens.residual_edits import ablate_residual
 from sinklens.swap import restrict_attention, swap_attention
 from sinklens.sweep.specs import FOUND, InterventionSpec, TextSpec, spec_of
-from sinklens.tokens import Tokens
-from sinklens.vocabulary import named_tokens
 
 if TYPE_CHECKING:
     from sinklens.sweep.measurement import Measurement

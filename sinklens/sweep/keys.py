@@ -21,7 +21,7 @@ from huggingface_hub import model_info, try_to_load_from_cache
 import sinklens
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import write_text
-from sinklens.corpora import is_file, read_corpus
+from sinklens.inputs.corpora import is_file, read_corpus
 from sinklens.models.cache import sha256_of
 from sinklens.models.catalogue import CATALOGUE
 from sinklens.sweep.jobs import Job

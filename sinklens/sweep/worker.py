@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning
+from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import load_model
 from sinklens.sweep.edits import load_text
 from sinklens.sweep.folder import ResultFolder
@@ -30,7 +31,6 @@ from sinklens.sweep.keys import code_version
 from sinklens.sweep.measurement import Measurement
 from sinklens.sweep.specs import ModelSpec
 from sinklens.sweep.tasks import run_task
-from sinklens.tokens import Tokens
 
 _turn = threading.Lock()  # hooks stand on the model itself, so threads of one process take turns
 _loaded: dict[str, Any] = {}

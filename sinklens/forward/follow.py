@@ -21,7 +21,7 @@ from sinklens.attention.backend import Armed, hook_points, running
 from sinklens.bridge.adapters import attention_hook, either_backend
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensError
-from sinklens.tokens import Tokens
+from sinklens.inputs.tokens import Tokens
 
 EMBED = "embed.hook_in"
 _numbers: ContextVar[tuple[int, ...]] = ContextVar("sequence numbers", default=())

@@ -17,8 +17,8 @@ from sinklens.bridge.adapters import block_input, block_output
 from sinklens.bridge.capabilities import capabilities
 from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import UnsupportedModelError
-from sinklens.images import Images
-from sinklens.tokens import Tokens
+from sinklens.inputs.images import Images
+from sinklens.inputs.tokens import Tokens
 
 
 def model_inputs(model: PlainModel, batch: Tokens) -> dict[str, Any]:

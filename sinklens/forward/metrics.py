@@ -12,10 +12,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.forward import numbered
-from sinklens.loading import as_tokens
-from sinklens.predictions import check_masking, drawn, predictions
-from sinklens.tokens import Tokens
+from sinklens.forward.follow import numbered
+from sinklens.forward.predictions import check_masking, drawn, predictions
+from sinklens.inputs.load import as_tokens
+from sinklens.inputs.tokens import Tokens
 
 
 @public

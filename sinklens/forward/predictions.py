@@ -24,9 +24,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.bridge.adapters import text_config
 from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.forward import EMBED
+from sinklens.forward.follow import EMBED
+from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head, native_tokenizer
-from sinklens.tokens import Tokens
 
 MOST_ROWS = 16  # masked copies of a sequence in one forward
 MOST_TOKENS = 4096  # in one forward, since patterns grow with their product with the length

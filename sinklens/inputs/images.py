@@ -23,7 +23,7 @@ from torch import Tensor
 from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
 from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
 from sinklens.core.validation import public, public_methods
-from sinklens.tokens import STORED, Tokens, reads_images
+from sinklens.inputs.tokens import STORED, Tokens, reads_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image

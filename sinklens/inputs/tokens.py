@@ -25,8 +25,8 @@ from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
+from sinklens.inputs.vocabulary import Vocabulary
 from sinklens.show.notebook import ShownInJupyter
-from sinklens.vocabulary import Vocabulary
 
 # Kinds of batches that register themselves, by the tensor that only they have: Tokens knows no images.
 STORED: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Tokens]] = {}

@@ -14,10 +14,10 @@ from sinklens.bridge.capabilities import record
 from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
-from sinklens.images import as_images
-from sinklens.tokens import Tokens, check_shapes, pad_rows, reads_images
-from sinklens.vocabulary import Vocabulary, vocabulary
+from sinklens.inputs.corpora import DEFAULT_SEQS, Piece, beginnings, pieces_in_order, read_corpus, sample_pieces
+from sinklens.inputs.images import as_images
+from sinklens.inputs.tokens import Tokens, check_shapes, pad_rows, reads_images
+from sinklens.inputs.vocabulary import Vocabulary, vocabulary
 
 DEFAULT_LENGTH = 512
 DEFAULT_SEQUENCES = 16  # of a default reference

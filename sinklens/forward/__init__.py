@@ -1,0 +1,1 @@
+"""Internal: one way to run a model and to score what it predicts."""

@@ -1,0 +1,1 @@
+"""What a model reads: texts, corpora, images and their tokens."""
