@@ -21,8 +21,8 @@ import torch
 
 import sinklens as sl
 from sinklens.core.storage import write_text
-from sinklens.residuals import wong_label, wong_level
-from sinklens.sinks import from_scores
+from sinklens.find.residual_detectors import wong_label, wong_level
+from sinklens.find.sinks import from_scores
 
 DECODERS = ("smollm2-135m", "gemma3-270m")
 WONG_LAYERS = {"deepseek": 48, "qwen3-4b": 36}

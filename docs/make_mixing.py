@@ -20,8 +20,8 @@ from findings_tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
+from sinklens.find.sinks import from_scores
 from sinklens.models.load import untrained_twin
-from sinklens.sinks import from_scores
 from sinklens.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import sinklens as sl
 from sinklens.components import component_name
 from sinklens.core.storage import write_text
-from sinklens.sinks import from_scores
+from sinklens.find.sinks import from_scores
 from sinklens.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sinklens.ablate import ablate_sinks
-    from sinklens.anatomy import Anatomy, sink_anatomy
     from sinklens.attention.backend import Flash
     from sinklens.attention.flash import flash
     from sinklens.bos import patch_bos
     from sinklens.bridge.capabilities import Capabilities, capabilities
     from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
     from sinklens.collapse import Collapse, measure_collapse
-    from sinklens.contexts import compare_contexts
     from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.damage import MatchedDamage, matched_damage
     from sinklens.decompose import decompose_sinks
@@ -31,17 +29,25 @@ if TYPE_CHECKING:
     from sinklens.dormant import HeadActivity, head_activity
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
+    from sinklens.find.anatomy import Anatomy, sink_anatomy
+    from sinklens.find.contexts import compare_contexts
+    from sinklens.find.image_figures import image_map
+    from sinklens.find.images_page import write_images
+    from sinklens.find.lifetimes import Thresholds
+    from sinklens.find.registers import Registers, register_tokens
+    from sinklens.find.scan_page import write_scan
+    from sinklens.find.scores import SinkScores, sink_scores
+    from sinklens.find.sinkmap import Sink, SinkMap
+    from sinklens.find.sinks import compare_methods, find_sinks
+    from sinklens.find.sinks_page import write_sinks
     from sinklens.forward.metrics import token_loss
     from sinklens.head_statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
-    from sinklens.image_page import write_images
-    from sinklens.image_plots import image_map
     from sinklens.inputs.images import Images, load_images
     from sinklens.inputs.load import load_tokens
     from sinklens.inputs.sample_images import sample_images
     from sinklens.inputs.tokens import Tokens
     from sinklens.inputs.vocabulary import NamedTokens, named_tokens
-    from sinklens.lives import Thresholds
     from sinklens.mixing import compare_mixing, measure_mixing
     from sinklens.mixing_edits import MixingConditions, mixing_conditions
     from sinklens.mixing_page import write_mixing
@@ -56,18 +62,12 @@ if TYPE_CHECKING:
     from sinklens.perturbation_result import Perturbation
     from sinklens.planting import plant_sinks
     from sinklens.readers import reading_heads
-    from sinklens.registers import Registers, register_tokens
     from sinklens.report.write import write_report
     from sinklens.reproductions import Reproductions, reproduce
     from sinklens.residual_edits import ablate_residual
-    from sinklens.scan import write_scan
-    from sinklens.scores import SinkScores, sink_scores
     from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
     from sinklens.self_test import SelfTest, check_model
     from sinklens.show.circuitsvis import TokenView
-    from sinklens.sink_page import write_sinks
-    from sinklens.sinkmap import Sink, SinkMap
-    from sinklens.sinks import compare_methods, find_sinks
     from sinklens.subspace import writer_subspace
     from sinklens.swap import restrict_attention, swap_attention
     from sinklens.sweep_result import Sweep
@@ -84,7 +84,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Loaded at first use: importing the host takes seconds, importing sinklens must not.
 _HOMES = {
-    "Anatomy": "anatomy",
+    "Anatomy": "find.anatomy",
     "AttentionStatistics": "head_statistics",
     "BadInputError": "core.errors",
     "BosVariants": "variants",
@@ -106,19 +106,19 @@ _HOMES = {
     "Perturbation": "perturbation_result",
     "PlainCapabilities": "bridge.unbridged",
     "PlainModel": "bridge.unbridged",
-    "Registers": "registers",
+    "Registers": "find.registers",
     "Reproductions": "reproductions",
     "SelfTest": "self_test",
-    "Sink": "sinkmap",
+    "Sink": "find.sinkmap",
     "SinkDecomposition": "decomposition",
-    "SinkMap": "sinkmap",
-    "SinkScores": "scores",
+    "SinkMap": "find.sinkmap",
+    "SinkScores": "find.scores",
     "SinkTrace": "trace_result",
     "SinklensError": "core.errors",
     "SinklensWarning": "core.errors",
     "Subject": "decomposition",
     "Sweep": "sweep_result",
-    "Thresholds": "lives",
+    "Thresholds": "find.lifetimes",
     "TokenView": "show.circuitsvis",
     "Tokens": "inputs.load",
     "TwoByTwo": "two_by_two",
@@ -133,14 +133,14 @@ _HOMES = {
     "bos_variants": "variants",
     "capabilities": "bridge.capabilities",
     "check_model": "self_test",
-    "compare_contexts": "contexts",
-    "compare_methods": "sinks",
+    "compare_contexts": "find.contexts",
+    "compare_methods": "find.sinks",
     "compare_mixing": "mixing",
     "decompose_sinks": "decompose",
-    "find_sinks": "sinks",
+    "find_sinks": "find.sinks",
     "flash": "attention.flash",
     "head_activity": "dormant",
-    "image_map": "image_plots",
+    "image_map": "find.image_figures",
     "jacobian_norms": "pair_norms",
     "load_images": "inputs.images",
     "load_model": "models.load",
@@ -158,25 +158,25 @@ _HOMES = {
     "plant_sinks": "planting",
     "primary_weakening": "secondary_claims",
     "reading_heads": "readers",
-    "register_tokens": "registers",
+    "register_tokens": "find.registers",
     "reproduce": "reproductions",
     "restrict_attention": "swap",
     "run_experiment": "experiment",
     "sample_images": "inputs.sample_images",
-    "sink_anatomy": "anatomy",
+    "sink_anatomy": "find.anatomy",
     "sink_levels": "secondary_claims",
-    "sink_scores": "scores",
+    "sink_scores": "find.scores",
     "swap_attention": "swap",
     "sweep_ablation": "sweeps",
     "token_loss": "forward.metrics",
     "trace_sinks": "trace",
     "write_decomposition": "decompose_page",
     "write_experiment": "experiment_page",
-    "write_images": "image_page",
+    "write_images": "find.images_page",
     "write_mixing": "mixing_page",
     "write_report": "report.write",
-    "write_scan": "scan",
-    "write_sinks": "sink_page",
+    "write_scan": "find.scan_page",
+    "write_sinks": "find.sinks_page",
     "write_trace": "trace_page",
     "writer_alignment": "secondary_claims",
     "writer_neurons": "neurons",

@@ -12,12 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
+from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.forward.follow import Forward
 from sinklens.hooks import Hooks
 from sinklens.inputs.tokens import Tokens
 from sinklens.partition import MODES, VALUES
 from sinklens.pattern_edit import edit_hooks, refuse_unless_editable
-from sinklens.places import Places, Sinks, find_places
 from sinklens.reference import Reference, gather_reference
 from sinklens.selection import Heads, Layers, select
 from sinklens.sink_edit import Ablation, SinkEdit

@@ -20,11 +20,11 @@ from sinklens.bridge.adapters import attention_hook, block_input, block_output, 
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.find.locations import Place, Places
 from sinklens.forward.follow import Forward
 from sinklens.hooks import Hooks
 from sinklens.inputs.load import as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.places import Place, Places
 from sinklens.selection import Layers, select
 from sinklens.sink_edit import same_vector
 

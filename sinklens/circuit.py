@@ -10,8 +10,8 @@ from sinklens.components import Component, component_name
 from sinklens.core.errors import BadInputError
 
 if TYPE_CHECKING:
+    from sinklens.find.scores import SinkScores
     from sinklens.neurons import Neurons
-    from sinklens.scores import SinkScores
     from sinklens.trace_result import SinkTrace
     from sinklens.traced import Traced
 

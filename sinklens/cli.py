@@ -97,8 +97,8 @@ def scan(
 ) -> None:
     """Scan a model for attention sinks: the sink rate, the layers, the tokens that draw attention."""
     import sinklens as sl
+    from sinklens.find.scan_page import summarize
     from sinklens.models.load import has_trained_head
-    from sinklens.scan import summarize
 
     if not 0 <= epsilon < 1:
         raise BadInputError(f"epsilon must lie in [0, 1), got {epsilon}")

@@ -51,7 +51,7 @@ def trace(
 ) -> None:
     """Trace sinks to the layers that write and erase them."""
     import sinklens as sl
-    from sinklens.sinks import from_scores
+    from sinklens.find.sinks import from_scores
 
     if kind not in KINDS:
         raise BadInputError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")

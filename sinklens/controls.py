@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.core.errors import BadInputError
+from sinklens.find.locations import Place, Places, apply_predicate
+from sinklens.find.sinkmap import SinkMap
 from sinklens.inputs.tokens import Tokens
-from sinklens.places import Place, Places, apply_predicate
-from sinklens.sinkmap import SinkMap
 
 CONTROLS = ("random", "recent", "same_id", "matched")
 

@@ -18,17 +18,17 @@ from sinklens.controls import slots
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
+from sinklens.find.locations import Places, Sinks, find_places
+from sinklens.find.sinkmap import SinkMap
+from sinklens.find.sinks import find_sinks
 from sinklens.inputs.load import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
 from sinklens.mean_inputs import gather_means
-from sinklens.places import Places, Sinks, find_places
 from sinklens.reference import sinks_of
 from sinklens.score_terms import PARAMETERS
 from sinklens.selection import Layers, select
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import SinkMap
-from sinklens.sinks import find_sinks
 from sinklens.taking_apart import Reading
 from sinklens.two_by_two import Claims, TwoByTwo
 

@@ -21,13 +21,13 @@ from sinklens.core.errors import BadInputError, SinklensWarning
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
+from sinklens.find.sinkmap import SinkMap
+from sinklens.find.sinks import find_sinks
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.rolling import check_recent
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import SinkMap
-from sinklens.sinks import find_sinks
 from sinklens.streaming_losses import bin_rows, sequence_losses
 
 if TYPE_CHECKING:

@@ -16,7 +16,9 @@ from sinklens.attention.backend import Flash
 from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.flash_scores import choose_backend
+from sinklens.find.flash_scores import choose_backend
+from sinklens.find.sinkmap import SinkMap
+from sinklens.find.sinks import find_sinks
 from sinklens.forward.metrics import METRICS, Metric
 from sinklens.forward.predictions import check_masking, predictions
 from sinklens.hooks import Hooks
@@ -27,8 +29,6 @@ from sinklens.models.load import untrained_twin
 from sinklens.outcome import UNTRAINED, Experiment
 from sinklens.plan import Plan, Planned, check_controls
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import SinkMap
-from sinklens.sinks import find_sinks
 from sinklens.store import Store
 
 Intervention = Sequence[tuple[Any, Callable[..., Any]]] | Callable[[Tokens], Hooks]

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.components import Component
+from sinklens.find.sinkmap import SinkMap
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import SinkMap
 from sinklens.stream_parts import StreamParts, stream_parts
 
 SAME_ID = 16  # tokens of one id per sequence that are kept for comparison

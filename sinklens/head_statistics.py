@@ -36,11 +36,11 @@ from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
-from sinklens.flash_scores import choose_backend
+from sinklens.find.flash_scores import choose_backend
+from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.forward.follow import Forward
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.places import Places, Sinks, find_places
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 

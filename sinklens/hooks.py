@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public_methods
-from sinklens.places import Places
+from sinklens.find.locations import Places
 from sinklens.show.notebook import ShownInJupyter
 
 Build = Callable[[TransformerBridge | None, Places | None], "Hooks"]

@@ -20,14 +20,14 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.experiment import run_experiment
+from sinklens.find.locations import Places
+from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.follow import numbered
 from sinklens.forward.metrics import METRICS, token_metrics
 from sinklens.forward.predictions import scored_logits
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
-from sinklens.places import Places
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import SinkMap
 from sinklens.sweeps import first_order, grows, scored_positions, sweep_ablation
 from sinklens.two_by_two import CELLS, Key, TwoByTwo
 

@@ -14,15 +14,15 @@ from sinklens.attention.backend import hooked
 from sinklens.attention.flash import flash
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.capabilities import capabilities
+from sinklens.find.lifetimes import activity as active_where
+from sinklens.find.sinkmap import assemble
 from sinklens.flash_edit import edited_attention
 from sinklens.forward.follow import numbered
 from sinklens.forward.metrics import Metric, token_metrics
 from sinklens.forward.predictions import row_logits
 from sinklens.hooks import Hooks
-from sinklens.lives import activity as active_where
 from sinklens.pattern_edit import delegates
 from sinklens.plan import Plan, Planned
-from sinklens.sinkmap import assemble
 from sinklens.watch import Watch, Watches
 
 SHORT = 256  # tokens; a forward of a longer sequence gains nothing from others beside it

@@ -13,8 +13,8 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.damage import matched_damage
+from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.metrics import token_loss
-from sinklens.sinkmap import SinkMap
 
 KINDS = ("primary", "secondary", "undetermined")
 

@@ -10,9 +10,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning
+from sinklens.find.sinkmap import SinkMap
+from sinklens.find.sinks import find_sinks
 from sinklens.inputs.tokens import Tokens
-from sinklens.sinkmap import SinkMap
-from sinklens.sinks import find_sinks
 
 BASE = "base"
 Conditions = Mapping[str, Sequence[Any]]

@@ -11,11 +11,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
+from sinklens.find.sinkmap import SinkMap
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.mixing import compare_mixing
 from sinklens.mixing_setup import Conditions, Sinks
-from sinklens.sinkmap import SinkMap
 
 
 @public

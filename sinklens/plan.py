@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sinklens.controls import CONTROLS, Candidates, candidates, control_places, slots
 from sinklens.core.errors import BadInputError
+from sinklens.find.locations import Place
+from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.predictions import Predictions, drawn
 from sinklens.hooks import Hooks
 from sinklens.inputs.tokens import Tokens
 from sinklens.outcome import Run
-from sinklens.places import Place
-from sinklens.sinkmap import SinkMap
 
 
 @dataclass(frozen=True, eq=False)

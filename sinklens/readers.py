@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.scores import SinkScores
-from sinklens.sinkmap import SinkMap
+from sinklens.find.scores import SinkScores
+from sinklens.find.sinkmap import SinkMap
 
 
 @public

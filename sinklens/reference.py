@@ -25,14 +25,14 @@ from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import attention_hook, grouped_by_head, learned_sink_logits, unrotated_keys
 from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.find.locations import Places, find_places
+from sinklens.find.sinkmap import SinkMap
+from sinklens.find.sinks import find_sinks
 from sinklens.forward.follow import Forward
 from sinklens.inputs.load import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.partition import Partition
-from sinklens.places import Places, find_places
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import SinkMap
-from sinklens.sinks import find_sinks
 
 KEPT = 4  # references per model
 BINS = 24  # floor(log2(n)) of up to 16 million visible keys

@@ -21,11 +21,11 @@ from sinklens.bridge.adapters import block_input
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
+from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.forward.follow import Forward
 from sinklens.forward.states import typical_mean
 from sinklens.hooks import Hooks
 from sinklens.inputs.tokens import Tokens
-from sinklens.places import Places, Sinks, find_places
 from sinklens.reference import reference_places
 from sinklens.selection import Layers, select
 from sinklens.show.progress import progress_bar

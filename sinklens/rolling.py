@@ -29,10 +29,10 @@ from sinklens.bridge.adapters import block_output
 from sinklens.bridge.capabilities import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.follow import Forward
 from sinklens.inputs.tokens import check_positions
 from sinklens.rotary import turns
-from sinklens.sinkmap import SinkMap
 
 Kept = int | Sequence[int] | Sequence[Sequence[int]] | SinkMap
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sinklens.bridge.capabilities import Capabilities
 from sinklens.core.errors import BadInputError
-from sinklens.places import Places
+from sinklens.find.locations import Places
 
 Layers = int | Sequence[int] | None
 Heads = int | Sequence[int] | Sequence[tuple[int, int]] | None

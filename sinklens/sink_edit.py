@@ -15,10 +15,10 @@ from sinklens.attention_edit import PatternEdit, Seen
 from sinklens.bridge.adapters import learned_sink_logits, score_scale, score_softcap, value_bias
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
+from sinklens.find.locations import Places
 from sinklens.forward.follow import Forward
 from sinklens.hooks import Hooks
 from sinklens.partition import Partition, edited_pattern, pair
-from sinklens.places import Places
 from sinklens.reference import Reference, bins
 from sinklens.selection import Selection
 

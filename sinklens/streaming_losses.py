@@ -22,13 +22,13 @@ from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
+from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.predictions import UNEMBED, predictions, scored_logits
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.rolling import Kept, streaming_attention
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import SinkMap
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -27,6 +27,7 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.find.locations import Sinks, find_places
 from sinklens.forward.follow import READERS, numbered
 from sinklens.forward.metrics import METRICS, token_metrics
 from sinklens.forward.predictions import drawn, scored_logits
@@ -35,7 +36,6 @@ from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
 from sinklens.pattern_edit import delegates
-from sinklens.places import Sinks, find_places
 from sinklens.show.progress import progress_bar
 from sinklens.sweep_result import Sweep
 

@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.anatomy import stable_rank
 from sinklens.attention.importance import FAR
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import attention_hook, original, output_weights, residual_multiplier, value_bias
 from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.components import Component, Contributions
 from sinklens.decomposition import NUMBERS, Subject
+from sinklens.find.anatomy import stable_rank
 from sinklens.frozen import FrozenNorm, frozen_norm
 from sinklens.head_inputs import LayerInputs, points_of, read_layer
 from sinklens.inputs.tokens import Tokens

@@ -23,14 +23,14 @@ from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.bridge.requirements import refuse_half_precision
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.find.lifetimes import activity
+from sinklens.find.sinkmap import Sink, SinkMap
+from sinklens.find.sinks import find_sinks
 from sinklens.gathered import Looked
 from sinklens.inputs.load import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import vocabulary
-from sinklens.lives import activity
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import Sink, SinkMap
-from sinklens.sinks import find_sinks
 from sinklens.trace_causes import Causes
 from sinklens.trace_result import SinkTrace
 from sinklens.traced import Phase, Traced

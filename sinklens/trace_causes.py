@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.components import Component
-from sinklens.lives import activity
+from sinklens.find.lifetimes import activity
 from sinklens.trace_rows import Row, check_writing, run_rows
 from sinklens.traced import WRITER, Traced
 

@@ -23,8 +23,8 @@ from sinklens.verdicts import Verdict
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+    from sinklens.find.scores import SinkScores
     from sinklens.neurons import Neurons
-    from sinklens.scores import SinkScores
 
 MOST_FIGURES = 6
 CAPTION = (

@@ -18,17 +18,17 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
+from sinklens.find.sinkmap import Sink
 from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
-from sinklens.sinkmap import Sink
 from sinklens.traced import Phase, Traced
 
 if TYPE_CHECKING:
     import networkx as nx
     from plotly.graph_objects import Figure
 
+    from sinklens.find.scores import SinkScores
     from sinklens.neurons import Neurons
-    from sinklens.scores import SinkScores
 
 FALL = 1.0  # nats that the competitor-free margin falls when a writer's output is replaced
 CONTROL = 0.1  # nats that no control may move it
@@ -312,7 +312,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SinkTrace:
         """Read what :meth:`save` wrote."""
-        from sinklens.sinkmap import sink_from_json
+        from sinklens.find.sinkmap import sink_from_json
 
         tensors, meta = load_tensors(path, "SinkTrace")
         traced = []

@@ -16,9 +16,9 @@ from naive import eager_patterns
 from planted import X, planted_model, row
 
 import sinklens as sl
-from sinklens.anatomy import competitor_free_margin, head_class, stable_rank
-from sinklens.lives import Thresholds
-from sinklens.sinkmap import assemble
+from sinklens.find.anatomy import competitor_free_margin, head_class, stable_rank
+from sinklens.find.lifetimes import Thresholds
+from sinklens.find.sinkmap import assemble
 
 LENGTH = 60
 PLACES = (0, 7)

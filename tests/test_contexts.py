@@ -8,7 +8,7 @@ from architectures import build_pair, random_rows
 from planted import X, planted_model, row
 
 import sinklens as sl
-from sinklens.contexts import kept_shares, shuffle
+from sinklens.find.contexts import kept_shares, shuffle
 
 
 def test_shuffling_keeps_the_tokens_and_says_where_each_went() -> None:

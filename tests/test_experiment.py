@@ -17,9 +17,9 @@ import sinklens as sl
 from sinklens import measuring
 from sinklens.bridge.capabilities import capabilities
 from sinklens.controls import CONTROLS
+from sinklens.find.locations import Place, Places
 from sinklens.forward.predictions import predictions
 from sinklens.inputs.load import as_tokens
-from sinklens.places import Place, Places
 from sinklens.plan import Plan
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinklens.core.errors import BadInputError
-from sinklens.lives import Life, Thresholds, activity, kind_of, lives, main_life, strongest
+from sinklens.find.lifetimes import Life, Thresholds, activity, kind_of, lives, main_life, strongest
 
 T = Thresholds()
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.collapse import MEASURES, ROWS
+from sinklens.find.residual_detectors import wong_sequences
 from sinklens.inputs.load import as_tokens
-from sinklens.residuals import wong_sequences
 
 DECODERS = ("gpt2", "llama", "qwen2", "neox")
 EVERYWHERE = (*DECODERS, "bert", "gemma2")

@@ -9,9 +9,9 @@ import torch
 from architectures import build_pair, random_rows
 
 import sinklens as sl
+from sinklens.find.lifetimes import Thresholds
+from sinklens.find.residual_detectors import direction_criterion, wong_detect, wong_label, wong_level, wong_sequences
 from sinklens.inputs.load import as_tokens
-from sinklens.lives import Thresholds
-from sinklens.residuals import direction_criterion, wong_detect, wong_label, wong_level, wong_sequences
 
 
 def states_with_sinks(layers: int = 40, length: int = 30, d: int = 16) -> torch.Tensor:
@@ -143,12 +143,12 @@ def test_wong_sinks_are_stored_by_attention_layer_and_counted_by_block_output(mo
     """Writer block w is read by attention in w + 1: the onset is attention's, the level the published one."""
     from planted import X, planted_model, row
 
-    from sinklens.residuals import WongSink
+    from sinklens.find.residual_detectors import WongSink
 
     model = planted_model(20, {X: 8.0}, {X: range(20)})
     layers = tuple(range(4, 12))
     found = [[WongSink(0, tuple(range(2, 20)), (2, 18), "bos_sink"), WongSink(30, layers, (4, 8), "secondary")]]
-    monkeypatch.setattr("sinklens.sinks.wong_sequences", lambda *arguments: found)
+    monkeypatch.setattr("sinklens.find.sinks.wong_sequences", lambda *arguments: found)
     sinks = sl.find_sinks(model, row(120, {0: X}), method="wong")
     first, second = sinks
     assert (second.onset, second.end, second.residual_onset, second.lifetime) == (5, 12, 4, 8)

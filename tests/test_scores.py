@@ -192,7 +192,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 def test_batches_split_by_memory_give_the_same_numbers(monkeypatch) -> None:
-    import sinklens.scores as module
+    import sinklens.find.scores as module
 
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((40, 40, 40)))
@@ -232,7 +232,7 @@ def test_a_window_under_another_name_is_read() -> None:
 def test_a_window_that_nobody_declares_is_noticed_once_the_input_is_long_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sinklens.scores.busy", lambda _: False)  # the hook below stands for the host's own code
+    monkeypatch.setattr("sinklens.find.scores.busy", lambda _: False)  # the hook below stands for the host's own code
     _, model = build_pair("llama")
     far = torch.ones(80, 80, dtype=torch.bool).tril(-40)
 

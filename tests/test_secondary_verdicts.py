@@ -15,7 +15,7 @@ import sinklens as sl
 from sinklens.components import Component
 from sinklens.core.intervals import interval
 from sinklens.doses import dose_table
-from sinklens.sinkmap import Sink
+from sinklens.find.sinkmap import Sink
 from sinklens.traced import Phase, Traced
 from sinklens.verdicts import above, every, quantity
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate import ablate_sinks
-from sinklens.anatomy import sink_anatomy
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.decompose import decompose_sinks
+from sinklens.find.anatomy import sink_anatomy
+from sinklens.find.sinks import find_sinks
 from sinklens.forward.metrics import token_loss
 from sinklens.lab.tasks import Batch
 from sinklens.mixing import compare_mixing
-from sinklens.sinks import find_sinks
 from sinklens.trace import trace_sinks
 
 SEQUENCES = 16

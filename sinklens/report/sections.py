@@ -5,11 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from sinklens.decompose_page import CAPTIONS as DECOMPOSED
+from sinklens.find.score_figures import layer_profile
 from sinklens.mixing_page import CAPTIONS as MIXED
 from sinklens.report import story
 from sinklens.report.content import Plot, Section, Sheet
 from sinklens.report.stages import KINDS, STAGES, Material
-from sinklens.score_figures import layer_profile
 from sinklens.trace_page import CAPTION as TRACED
 from sinklens.trace_page import CIRCUIT, NEURONS
 from sinklens.trace_plots import share_bars

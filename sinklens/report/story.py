@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from sinklens.find.scan_page import ScanSummary, summarize
+from sinklens.find.sinkmap import SinkMap
 from sinklens.report.stages import KINDS, Material
 from sinklens.report.wording import against, between, change, counted, listed, number, sample_only, side, signed, times
-from sinklens.scan import ScanSummary, summarize
-from sinklens.sinkmap import SinkMap
 
 CONTROLS = {
     "random": "the same edit at random ordinary tokens",

@@ -10,6 +10,7 @@ from torch import Tensor
 from sinklens.attention.run import collect
 from sinklens.bridge.adapters import attention_hook, block_output, by_head, scored_points
 from sinklens.bridge.capabilities import capabilities
+from sinklens.find.scores import SinkScores, sink_scores
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.reproductions.claims import (
@@ -26,7 +27,6 @@ from sinklens.reproductions.claims import (
     torch_ratio,
 )
 from sinklens.reproductions.originals import Subject
-from sinklens.scores import SinkScores, sink_scores
 
 PAPER = "Gu et al. 2025, When Attention Sink Emerges in Language Models (2410.10781)"
 EPSILON, LENGTH, SEQUENCES = 0.3, 64, 100
@@ -247,8 +247,8 @@ def first_token_norms(model: Any, one: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _norms(model: Any, setting: Setting) -> list[Quantity]:
-    from sinklens.anatomy import sink_anatomy
-    from sinklens.sinks import find_sinks
+    from sinklens.find.anatomy import sink_anatomy
+    from sinklens.find.sinks import find_sinks
 
     tokens = setting.text(model, 32, LENGTH)
     rows = [first_token_norms(model, tokens[b].trim()) for b in range(len(tokens))]

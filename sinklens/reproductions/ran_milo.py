@@ -10,11 +10,11 @@ from torch import Tensor
 from sinklens.bridge.adapters import attention_hook, by_head, score_projection, scored_points
 from sinklens.bridge.capabilities import capabilities
 from sinklens.decompose import decompose_sinks
+from sinklens.find.scores import sink_scores
 from sinklens.inputs.tokens import Tokens
 from sinklens.reproductions.claims import Above, Claim, Entry, Quantity, Setting, measured
 from sinklens.reproductions.gu import EPSILON, LENGTH, per_sequence
 from sinklens.reproductions.originals import Subject
-from sinklens.scores import sink_scores
 
 PAPER = "Ran-Milo et al. 2026 (2604.14722)"
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinklens.find.scores import sink_scores
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import vocabulary
 from sinklens.reproductions.claims import Above, Claim, Entry, Quantity, Setting, exactly, measured, missing
 from sinklens.reproductions.originals import Subject
-from sinklens.scores import sink_scores
 from sinklens.streaming_losses import streaming_loss
 
 PAPER = "Xiao et al. 2024, Efficient Streaming Language Models with Attention Sinks (2309.17453)"

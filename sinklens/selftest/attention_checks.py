@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.anatomy import sink_anatomy
 from sinklens.attention.flash import flash
 from sinklens.attention.flash_proof import unsupported
 from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
 from sinklens.bridge.adapters import attention_hook, block_input
 from sinklens.bridge.capabilities import prove
-from sinklens.contexts import compare_contexts
 from sinklens.core.errors import SinklensWarning
+from sinklens.find.anatomy import sink_anatomy
+from sinklens.find.contexts import compare_contexts
+from sinklens.find.lifetimes import Thresholds
+from sinklens.find.residual_detectors import direction_criterion, wong_detect
+from sinklens.find.scores import sink_scores
+from sinklens.find.sinks import compare_methods, find_sinks, from_scores
 from sinklens.forward.metrics import token_loss
 from sinklens.head_statistics import attention_statistics
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import named_tokens, vocabulary
-from sinklens.lives import Thresholds
-from sinklens.residuals import direction_criterion, wong_detect
-from sinklens.scores import sink_scores
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
 from sinklens.selftest.written_out import visible
-from sinklens.sinks import compare_methods, find_sinks, from_scores
 from sinklens.views import attention_grid, attention_map
 
 

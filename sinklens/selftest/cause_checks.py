@@ -14,6 +14,7 @@ from sinklens.bridge.adapters import block_input
 from sinklens.components import Component, writing_hook
 from sinklens.core.errors import BadInputError
 from sinklens.decompose import decompose_sinks
+from sinklens.find.sinkmap import Sink
 from sinklens.gathered import Looked
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
@@ -22,7 +23,6 @@ from sinklens.planting import plant_sinks
 from sinklens.score_terms import BEYOND, SPLITS
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import Layer, visible
-from sinklens.sinkmap import Sink
 from sinklens.subspace import writer_subspace
 from sinklens.trace import trace_sinks
 from sinklens.trace_causes import Causes

@@ -13,19 +13,19 @@ from torch import Tensor
 from sinklens.attention.flash import flash
 from sinklens.attention.unbridged import implementation, run_stack, watching
 from sinklens.bridge.unbridged import PlainModel
-from sinklens.contexts import compare_contexts
 from sinklens.core.errors import SinklensWarning
+from sinklens.find.contexts import compare_contexts
+from sinklens.find.lifetimes import Thresholds
+from sinklens.find.registers import register_tokens
+from sinklens.find.scores import sink_scores
+from sinklens.find.sinks import compare_methods, find_sinks, from_scores
 from sinklens.forward.states import model_inputs
 from sinklens.inputs.images import Images, load_images
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.lives import Thresholds
 from sinklens.models.unbridged_proof import prove_plain
-from sinklens.registers import register_tokens
-from sinklens.scores import sink_scores
 from sinklens.selftest.attention_checks import between, naive_scores
 from sinklens.selftest.subject import LENGTH, Parts, Subject, gap
-from sinklens.sinks import compare_methods, find_sinks, from_scores
 
 
 def pictures(count: int = 4) -> list[Any]:

@@ -15,11 +15,11 @@ from typing import Any
 
 from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import SinklensWarning, UnsupportedModelError
+from sinklens.find.scores import SinkScores, sink_scores
+from sinklens.find.sinkmap import SinkMap
+from sinklens.find.sinks import from_scores
 from sinklens.hooks import Hooks
 from sinklens.inputs.tokens import Tokens
-from sinklens.scores import SinkScores, sink_scores
-from sinklens.sinkmap import SinkMap
-from sinklens.sinks import from_scores
 from sinklens.sweep.edits import build_edit
 from sinklens.sweep.specs import InterventionSpec
 

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sinklens.anatomy import Anatomy
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
+from sinklens.find.anatomy import Anatomy
+from sinklens.find.sinkmap import SinkMap
 from sinklens.show.page import manifest, render
-from sinklens.sinkmap import SinkMap
 
 MOST_ROWS = 100
 

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sinklens.core.errors import BadInputError
+from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.follow import Forward
 from sinklens.inputs.tokens import Tokens, check_positions
-from sinklens.sinkmap import SinkMap
 
 LEARNED = "learned"
 Predicate = Callable[[Tensor], Tensor]

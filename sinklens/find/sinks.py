@@ -16,13 +16,13 @@ from sinklens.bridge.capabilities import Capabilities, record, same_model
 from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.find.lifetimes import Thresholds
+from sinklens.find.lifetimes import activity as active_where
+from sinklens.find.residual_detectors import direction_activity, wong_sequences
+from sinklens.find.scores import SinkScores, sink_scores
+from sinklens.find.sinkmap import Sink, SinkMap, assemble
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.lives import Thresholds
-from sinklens.lives import activity as active_where
-from sinklens.residuals import direction_activity, wong_sequences
-from sinklens.scores import SinkScores, sink_scores
-from sinklens.sinkmap import Sink, SinkMap, assemble
 
 METHODS = ("attention", "direction", "wong")
 SUSPICIOUS_SHARE = 0.05

@@ -13,7 +13,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.show.theme import escape_hover, themed
 
 if TYPE_CHECKING:
-    from sinklens.anatomy import Anatomy
+    from sinklens.find.anatomy import Anatomy
 
 
 def anatomy_curves(anatomy: Anatomy, most: int = 8) -> go.Figure:

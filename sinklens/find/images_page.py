@@ -10,12 +10,12 @@ from pathlib import Path
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.image_plots import image_map
+from sinklens.find.image_figures import image_map
+from sinklens.find.registers import Registers
+from sinklens.find.scores import SinkScores
+from sinklens.find.sinks import from_scores
 from sinklens.inputs.images import Images
-from sinklens.registers import Registers
-from sinklens.scores import SinkScores
 from sinklens.show.page import html_table, manifest, render
-from sinklens.sinks import from_scores
 
 MOST_PICTURES = 8  # with a map on the page
 

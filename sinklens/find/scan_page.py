@@ -14,10 +14,10 @@ import pandas as pd
 from sinklens.core.intervals import MIN_DOCUMENTS
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.score_figures import head_map, layer_profile, position_map
-from sinklens.scores import SinkScores
+from sinklens.find.score_figures import head_map, layer_profile, position_map
+from sinklens.find.scores import SinkScores
+from sinklens.find.text_strip import STRIP_TOKENS, text_strip
 from sinklens.show.page import manifest, render
-from sinklens.text_strip import STRIP_TOKENS, text_strip
 
 TOP_TOKENS = 12
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from transformer_lens.model_bridge import TransformerBridge
 
-    from sinklens.scores import SinkScores
+    from sinklens.find.scores import SinkScores
 
 AT_ONCE = 4  # pictures in one forward
 
@@ -163,7 +163,7 @@ class Registers(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Norms over layers: the patches' spread, the largest patch, [CLS], and the rule."""
-        from sinklens.image_plots import register_figure
+        from sinklens.find.image_figures import register_figure
 
         return register_figure(self)
 

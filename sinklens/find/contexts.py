@@ -13,12 +13,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensWarning
 from sinklens.core.validation import public
+from sinklens.find.lifetimes import Thresholds
+from sinklens.find.scores import sink_scores
+from sinklens.find.sinkmap import SinkMap
+from sinklens.find.sinks import from_scores
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.lives import Thresholds
-from sinklens.scores import sink_scores
-from sinklens.sinkmap import SinkMap
-from sinklens.sinks import from_scores
 
 CONTEXTS = ("natural", "shuffled", "random", "repeat")
 

@@ -8,7 +8,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.show.circuitsvis import LONGEST_VIEW, TokenView, offline_view, safe_labels
 
 if TYPE_CHECKING:
-    from sinklens.sinkmap import SinkMap
+    from sinklens.find.sinkmap import SinkMap
 
 
 def token_view(sinks: SinkMap, sequence: int = 0) -> TokenView:

@@ -46,11 +46,11 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
 from sinklens.core.visibility import allowed_keys
+from sinklens.find.sinkmap import Sink, SinkMap
 from sinklens.forward.states import typical_mean
 from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.sinkmap import Sink, SinkMap
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -109,7 +109,7 @@ class Anatomy(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Residual norm, mass, margin and value ratio of each sink over the layers."""
-        from sinklens.anatomy_figures import anatomy_curves
+        from sinklens.find.anatomy_figures import anatomy_curves
 
         return anatomy_curves(self)
 

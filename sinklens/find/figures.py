@@ -11,7 +11,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.show.theme import ACCENT, SCALE, escape_hover, themed
 
 if TYPE_CHECKING:
-    from sinklens.sinkmap import SinkMap
+    from sinklens.find.sinkmap import SinkMap
 
 MOST_ROWS = 60
 LONGEST_LABEL = 22

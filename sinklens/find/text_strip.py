@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinklens.scores import SinkScores
+    from sinklens.find.scores import SinkScores
 
 
 STRIP_TOKENS = 160

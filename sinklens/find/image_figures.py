@@ -19,8 +19,8 @@ from sinklens.inputs.images import Images
 from sinklens.show.theme import ACCENT, COLOURS, INK, MUTED, SCALE, band, escape_hover, themed
 
 if TYPE_CHECKING:
-    from sinklens.registers import Registers
-    from sinklens.scores import SinkScores
+    from sinklens.find.registers import Registers
+    from sinklens.find.scores import SinkScores
 
 GAP = (14, 62)  # pixels between panels, for the titles
 PANEL = 300  # pixels of a picture's longer side

@@ -11,7 +11,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.show.theme import ACCENT, SCALE, escape_hover, layer_by_head, themed
 
 if TYPE_CHECKING:
-    from sinklens.scores import SinkScores
+    from sinklens.find.scores import SinkScores
 
 
 def head_map(scores: SinkScores, position: int = 0, epsilon: float = 0.3) -> go.Figure:

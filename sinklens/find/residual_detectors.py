@@ -22,9 +22,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.bridge.capabilities import record
 from sinklens.bridge.unbridged import PlainModel
+from sinklens.find.lifetimes import Thresholds
 from sinklens.forward.states import block_inputs, block_outputs, typical_mean
 from sinklens.inputs.tokens import Tokens
-from sinklens.lives import Thresholds
 from sinklens.show.progress import progress_bar
 
 WONG_COSINE = 0.9

@@ -1,0 +1,1 @@
+"""Finding sinks: importance, lives and kinds, detectors by residual stream, registers, pages."""
