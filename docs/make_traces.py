@@ -23,9 +23,9 @@ from findings_tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.components import component_name
 from sinklens.core.storage import write_text
 from sinklens.find.sinks import from_scores
+from sinklens.residual.components import component_name
 from sinklens.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sinklens.decompose import decompose_sinks
     from sinklens.decompose_page import write_decomposition
     from sinklens.decomposition import SinkDecomposition, Subject
-    from sinklens.dormant import HeadActivity, head_activity
     from sinklens.experiment import run_experiment
     from sinklens.experiment_page import write_experiment
     from sinklens.find.anatomy import Anatomy, sink_anatomy
@@ -41,7 +40,10 @@ if TYPE_CHECKING:
     from sinklens.find.sinks import compare_methods, find_sinks
     from sinklens.find.sinks_page import write_sinks
     from sinklens.forward.metrics import token_loss
-    from sinklens.head_statistics import AttentionStatistics, attention_statistics
+    from sinklens.heads.activity import HeadActivity, head_activity
+    from sinklens.heads.maps import attention_grid, attention_map, attention_view
+    from sinklens.heads.readers import reading_heads
+    from sinklens.heads.statistics import AttentionStatistics, attention_statistics
     from sinklens.hooks import Hooks
     from sinklens.inputs.images import Images, load_images
     from sinklens.inputs.load import load_tokens
@@ -61,7 +63,6 @@ if TYPE_CHECKING:
     from sinklens.perturbation import perturbation_spread
     from sinklens.perturbation_result import Perturbation
     from sinklens.planting import plant_sinks
-    from sinklens.readers import reading_heads
     from sinklens.report.write import write_report
     from sinklens.reproductions import Reproductions, reproduce
     from sinklens.residual_edits import ablate_residual
@@ -78,14 +79,13 @@ if TYPE_CHECKING:
     from sinklens.two_by_two import Claims, TwoByTwo
     from sinklens.variants import BosVariants, bos_variants
     from sinklens.verdicts import Verdict
-    from sinklens.views import attention_grid, attention_map, attention_view
 
 __version__ = "0.1.0"
 
 # Where each public name lives. Loaded at first use: importing the host takes seconds, importing sinklens must not.
 _HOMES = {
     "Anatomy": "find.anatomy",
-    "AttentionStatistics": "head_statistics",
+    "AttentionStatistics": "heads.statistics",
     "BadInputError": "core.errors",
     "BosVariants": "variants",
     "Capabilities": "bridge.capabilities",
@@ -93,7 +93,7 @@ _HOMES = {
     "Collapse": "collapse",
     "Experiment": "outcome",
     "Flash": "attention.backend",
-    "HeadActivity": "dormant",
+    "HeadActivity": "heads.activity",
     "Hooks": "hooks",
     "Images": "inputs.images",
     "MatchedDamage": "damage",
@@ -126,10 +126,10 @@ _HOMES = {
     "Verdict": "verdicts",
     "ablate_residual": "residual_edits",
     "ablate_sinks": "ablate",
-    "attention_grid": "views",
-    "attention_map": "views",
-    "attention_view": "views",
-    "attention_statistics": "head_statistics",
+    "attention_grid": "heads.maps",
+    "attention_map": "heads.maps",
+    "attention_view": "heads.maps",
+    "attention_statistics": "heads.statistics",
     "bos_variants": "variants",
     "capabilities": "bridge.capabilities",
     "check_model": "self_test",
@@ -139,7 +139,7 @@ _HOMES = {
     "decompose_sinks": "decompose",
     "find_sinks": "find.sinks",
     "flash": "attention.flash",
-    "head_activity": "dormant",
+    "head_activity": "heads.activity",
     "image_map": "find.image_figures",
     "jacobian_norms": "pair_norms",
     "load_images": "inputs.images",
@@ -157,7 +157,7 @@ _HOMES = {
     "perturbation_spread": "perturbation",
     "plant_sinks": "planting",
     "primary_weakening": "secondary_claims",
-    "reading_heads": "readers",
+    "reading_heads": "heads.readers",
     "register_tokens": "find.registers",
     "reproduce": "reproductions",
     "restrict_attention": "swap",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from sinklens.components import Component, component_name
 from sinklens.core.errors import BadInputError
+from sinklens.residual.components import Component, component_name
 
 if TYPE_CHECKING:
     from sinklens.find.scores import SinkScores

@@ -16,12 +16,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.bridge.adapters import block_input
 from sinklens.bridge.capabilities import capabilities
-from sinklens.components import writing_hook
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.forward.metrics import token_loss
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
+from sinklens.residual.components import writing_hook
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 

@@ -43,13 +43,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.components import Component, component_name
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
 from sinklens.find.anatomy import head_class
 from sinklens.inputs.tokens import Tokens
+from sinklens.residual.components import Component, component_name
 from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS, SPLITS
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.two_by_two import Claims, TwoByTwo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sinklens.components import component_name
+from sinklens.residual.components import component_name
 from sinklens.traced import Traced
 
 if TYPE_CHECKING:

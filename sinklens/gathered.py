@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.components import Component
 from sinklens.find.sinkmap import SinkMap
+from sinklens.residual.components import Component
+from sinklens.residual.contributions import StreamParts, stream_parts
 from sinklens.show.progress import progress_bar
-from sinklens.stream_parts import StreamParts, stream_parts
 
 SAME_ID = 16  # tokens of one id per sequence that are kept for comparison
 

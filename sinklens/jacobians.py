@@ -28,7 +28,7 @@ from sinklens.bridge.offload import refuse_offloaded
 from sinklens.bridge.torch_globals import PlainAttention, forward_mode
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.forward.follow import numbered
-from sinklens.frozen import frozen_norm
+from sinklens.residual.linear_maps import frozen_norm
 
 PROBES = 16
 CHUNK = 16  # tangents at once

@@ -15,9 +15,9 @@ from sinklens.bridge.adapters import block_output, logit_factor, original
 from sinklens.bridge.capabilities import Capabilities, has_hook
 from sinklens.bridge.offload import real_weights
 from sinklens.decomposition import NUMBERS
-from sinklens.frozen import FrozenNorm, frozen_norm
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
+from sinklens.residual.linear_maps import FrozenNorm, frozen_norm
 
 LATE = 0.75  # from this share of the layers on
 

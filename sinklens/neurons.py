@@ -23,16 +23,16 @@ from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import block_output, mlp_of, original
 from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.bridge.offload import real_weights
-from sinklens.components import Component, Contributions, component_name
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
-from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
+from sinklens.residual.batched_edits import Row, run_rows
+from sinklens.residual.components import Component, Contributions, component_name
+from sinklens.residual.contributions import flat, stream_hooks
+from sinklens.residual.linear_maps import FrozenNorm, frozen_norm, identity_norm
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.stream_parts import flat, stream_hooks
 from sinklens.trace_result import SinkTrace
-from sinklens.trace_rows import Row, run_rows
 from sinklens.traced import WRITER, Traced
 
 if TYPE_CHECKING:

@@ -43,14 +43,14 @@ from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
 from sinklens.forward.follow import numbered
-from sinklens.frozen import FrozenNorm, frozen_norm, identity_norm
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
 from sinklens.mixing_setup import Sinks, sinks_of
+from sinklens.residual.contributions import flat
+from sinklens.residual.linear_maps import FrozenNorm, frozen_norm, identity_norm
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.stream_parts import flat
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -9,13 +9,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.bridge.capabilities import capabilities
-from sinklens.components import component_name
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
+from sinklens.residual.batched_edits import Row, check_writing, run_rows
+from sinklens.residual.components import component_name
+from sinklens.residual.contributions import stream_parts
 from sinklens.show.progress import progress_bar
-from sinklens.stream_parts import stream_parts
 from sinklens.trace_result import SinkTrace
-from sinklens.trace_rows import Row, check_writing, run_rows
 from sinklens.traced import WRITER
 
 PLANTED = ("writer", "random", "flipped")

@@ -25,7 +25,7 @@ from sinklens.attention.flash_proof import unsupported
 from sinklens.bridge.adapters import block_output
 from sinklens.bridge.capabilities import PROBE_LENGTH, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.frozen import Rotation
+from sinklens.residual.linear_maps import Rotation
 
 SHIFTS = (1, 499)  # one for the fast frequencies, one for the slow ones
 LENGTH_DEPENDENT = ("dynamic", "longrope")

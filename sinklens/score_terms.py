@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinklens.core.visibility import row_blocks
-from sinklens.frozen import Rotation
+from sinklens.residual.linear_maps import Rotation
 
 PARAMETERS = ("content_content", "content_bk", "bq_content", "bq_bk")
 MEANS = ("distance", "key_side", "query_distance", "query_specific")

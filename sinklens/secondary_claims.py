@@ -14,12 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from sinklens.components import component_name
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import rank_correlation
 from sinklens.core.validation import public
 from sinklens.doses import dose_table, of_kind, sink_label
 from sinklens.find.sinkmap import Sink, SinkMap
+from sinklens.residual.components import component_name
 from sinklens.trace_result import SinkTrace
 from sinklens.traced import Traced
 from sinklens.verdicts import Verdict, above, every, quantity

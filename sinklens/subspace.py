@@ -21,11 +21,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import mlp_of, original
 from sinklens.bridge.capabilities import capabilities, has_hook
-from sinklens.components import component_name, writing_hook
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.residual.components import component_name, writing_hook
+from sinklens.residual.contributions import flat
 from sinklens.show.progress import progress_bar
-from sinklens.stream_parts import flat
 from sinklens.trace_result import SinkTrace
 from sinklens.traced import Traced
 from sinklens.verdicts import Verdict, above, every, quantity

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.bridge.requirements import refuse_unless_softmax
-from sinklens.components import Component
 from sinklens.find.lifetimes import activity
-from sinklens.trace_rows import Row, check_writing, run_rows
+from sinklens.residual.batched_edits import Row, check_writing, run_rows
+from sinklens.residual.components import Component
 from sinklens.traced import WRITER, Traced
 
 if TYPE_CHECKING:

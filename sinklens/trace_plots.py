@@ -9,9 +9,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sinklens.circuit import layout
-from sinklens.components import component_name
 from sinklens.core.errors import BadInputError
 from sinklens.doses import dose_table
+from sinklens.residual.components import component_name
 from sinklens.show.theme import ACCENT, INK, MUTED, escape_hover, themed
 
 if TYPE_CHECKING:

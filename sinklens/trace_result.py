@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sinklens.components import Component, component_name
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
 from sinklens.find.sinkmap import Sink
 from sinklens.inputs.tokens import Tokens
+from sinklens.residual.components import Component, component_name
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.traced import Phase, Traced
 

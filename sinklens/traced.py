@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinklens.components import Component
+from sinklens.residual.components import Component
 
 WRITER = 0.25  # smallest share of a writer
 ERASER = 0.05  # of what was written, taken away between the reference layer and the end of the phase

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.components import Component
 from sinklens.inputs.load import as_tokens
 from sinklens.neurons import Neurons
+from sinklens.residual.components import Component
 from sinklens.traced import Phase, Traced
 
 LENGTH, AT, WIDTH = 60, 5, 32

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import sinklens as sl
-from sinklens.components import Component
 from sinklens.core.intervals import interval
 from sinklens.doses import dose_table
 from sinklens.find.sinkmap import Sink
+from sinklens.residual.components import Component
 from sinklens.traced import Phase, Traced
 from sinklens.verdicts import above, every, quantity
 

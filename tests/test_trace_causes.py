@@ -22,7 +22,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.components import Component
+from sinklens.residual.components import Component
 from sinklens.trace_causes import PART, _writing
 
 HELPS_X, FADES_X, LATE = WRITES_X - 1, WRITES_X + 2, 82

@@ -18,10 +18,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.core.intervals import rank_correlation
+from sinklens.residual.batched_edits import Row, check_writing, run_rows
+from sinklens.residual.contributions import stream_parts
 from sinklens.secondary_claims import _clusters
-from sinklens.stream_parts import stream_parts
 from sinklens.subspace import _carried, _Inputs, _judged, _Mlp
-from sinklens.trace_rows import Row, check_writing, run_rows
 from sinklens.verdicts import every, quantity
 
 DOCUMENTS = 18

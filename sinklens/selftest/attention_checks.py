@@ -24,13 +24,13 @@ from sinklens.find.residual_detectors import direction_criterion, wong_detect
 from sinklens.find.scores import sink_scores
 from sinklens.find.sinks import compare_methods, find_sinks, from_scores
 from sinklens.forward.metrics import token_loss
-from sinklens.head_statistics import attention_statistics
+from sinklens.heads.maps import attention_grid, attention_map
+from sinklens.heads.statistics import attention_statistics
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import named_tokens, vocabulary
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
 from sinklens.selftest.written_out import visible
-from sinklens.views import attention_grid, attention_map
 
 
 def backends(subject: Subject) -> tuple[str, ...]:

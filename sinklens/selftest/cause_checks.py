@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sinklens.attention.importance import FAR
 from sinklens.bridge.adapters import block_input
-from sinklens.components import Component, writing_hook
 from sinklens.core.errors import BadInputError
 from sinklens.decompose import decompose_sinks
 from sinklens.find.sinkmap import Sink
@@ -20,6 +19,7 @@ from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.neurons import writer_neurons
 from sinklens.planting import plant_sinks
+from sinklens.residual.components import Component, writing_hook
 from sinklens.score_terms import BEYOND, SPLITS
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import Layer, visible

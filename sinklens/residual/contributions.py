@@ -14,8 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import block_input, block_output
 from sinklens.bridge.capabilities import capabilities, has_hook
-from sinklens.components import EMBEDDINGS, INSIDE, Component, Contributions
 from sinklens.forward.states import typical_mean
+from sinklens.residual.components import EMBEDDINGS, INSIDE, Component, Contributions
 
 NORM_RATIO = 3.0
 

@@ -20,9 +20,9 @@ from sinklens.attention.importance import FAR
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import attention_hook, block_input, block_output
 from sinklens.bridge.capabilities import capabilities
-from sinklens.components import Component, writing_hook
 from sinklens.core.errors import UnsupportedModelError
 from sinklens.forward.metrics import METRICS, token_metrics
+from sinklens.residual.components import Component, writing_hook
 
 PATTERN_BYTES = 2**28  # of one layer's patterns over the rows of a batch
 

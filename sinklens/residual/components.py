@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.bridge.adapters import mlp_of, original
 from sinklens.bridge.capabilities import has_hook
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.frozen import frozen_norm
+from sinklens.residual.linear_maps import frozen_norm
 
 TOLERANCE = 1e-3
 ENDS = ("hook_in", "hook_out")

@@ -10,7 +10,7 @@ import torch
 from sinklens.show.theme import layer_by_head
 
 if TYPE_CHECKING:
-    from sinklens.head_statistics import AttentionStatistics
+    from sinklens.heads.statistics import AttentionStatistics
 
 
 def statistics_map(statistics: AttentionStatistics) -> go.Figure:

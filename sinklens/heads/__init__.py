@@ -1,0 +1,1 @@
+"""Heads: attention statistics, dormant heads, reading heads, attention maps."""
