@@ -14,10 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinklens.ablate import ablate_sinks
+    from sinklens.ablate.ablate import ablate_sinks
+    from sinklens.ablate.hooks import Hooks
+    from sinklens.ablate.patch_bos import patch_bos
+    from sinklens.ablate.residual import ablate_residual
+    from sinklens.ablate.swap import restrict_attention, swap_attention
     from sinklens.attention.backend import Flash
     from sinklens.attention.flash import flash
-    from sinklens.bos import patch_bos
     from sinklens.bridge.capabilities import Capabilities, capabilities
     from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
     from sinklens.collapse import Collapse, measure_collapse
@@ -44,7 +47,6 @@ if TYPE_CHECKING:
     from sinklens.heads.maps import attention_grid, attention_map, attention_view
     from sinklens.heads.readers import reading_heads
     from sinklens.heads.statistics import AttentionStatistics, attention_statistics
-    from sinklens.hooks import Hooks
     from sinklens.inputs.images import Images, load_images
     from sinklens.inputs.load import load_tokens
     from sinklens.inputs.sample_images import sample_images
@@ -65,12 +67,10 @@ if TYPE_CHECKING:
     from sinklens.planting import plant_sinks
     from sinklens.report.write import write_report
     from sinklens.reproductions import Reproductions, reproduce
-    from sinklens.residual_edits import ablate_residual
     from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
     from sinklens.self_test import SelfTest, check_model
     from sinklens.show.circuitsvis import TokenView
     from sinklens.subspace import writer_subspace
-    from sinklens.swap import restrict_attention, swap_attention
     from sinklens.sweep_result import Sweep
     from sinklens.sweeps import sweep_ablation
     from sinklens.trace import trace_sinks
@@ -94,7 +94,7 @@ _HOMES = {
     "Experiment": "outcome",
     "Flash": "attention.backend",
     "HeadActivity": "heads.activity",
-    "Hooks": "hooks",
+    "Hooks": "ablate.hooks",
     "Images": "inputs.images",
     "MatchedDamage": "damage",
     "Mixing": "mixing_result",
@@ -124,8 +124,8 @@ _HOMES = {
     "TwoByTwo": "two_by_two",
     "UnsupportedModelError": "core.errors",
     "Verdict": "verdicts",
-    "ablate_residual": "residual_edits",
-    "ablate_sinks": "ablate",
+    "ablate_residual": "ablate.residual",
+    "ablate_sinks": "ablate.ablate",
     "attention_grid": "heads.maps",
     "attention_map": "heads.maps",
     "attention_view": "heads.maps",
@@ -152,7 +152,7 @@ _HOMES = {
     "mixing_conditions": "mixing_edits",
     "named_tokens": "inputs.vocabulary",
     "norm_and_mass": "secondary_claims",
-    "patch_bos": "bos",
+    "patch_bos": "ablate.patch_bos",
     "path_sums": "path_sum",
     "perturbation_spread": "perturbation",
     "plant_sinks": "planting",
@@ -160,13 +160,13 @@ _HOMES = {
     "reading_heads": "heads.readers",
     "register_tokens": "find.registers",
     "reproduce": "reproductions",
-    "restrict_attention": "swap",
+    "restrict_attention": "ablate.swap",
     "run_experiment": "experiment",
     "sample_images": "inputs.sample_images",
     "sink_anatomy": "find.anatomy",
     "sink_levels": "secondary_claims",
     "sink_scores": "find.scores",
-    "swap_attention": "swap",
+    "swap_attention": "ablate.swap",
     "sweep_ablation": "sweeps",
     "token_loss": "forward.metrics",
     "trace_sinks": "trace",

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.reference import sinks_of
+from sinklens.ablate.selection import Layers, select
 from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.bridge.requirements import refuse_half_precision, refuse_unless_softmax
 from sinklens.controls import slots
@@ -25,9 +27,7 @@ from sinklens.inputs.load import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
 from sinklens.mean_inputs import gather_means
-from sinklens.reference import sinks_of
 from sinklens.score_terms import PARAMETERS
-from sinklens.selection import Layers, select
 from sinklens.show.progress import progress_bar
 from sinklens.taking_apart import Reading
 from sinklens.two_by_two import Claims, TwoByTwo

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.hooks import Hooks
 from sinklens.attention.backend import Flash
 from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
@@ -21,7 +22,6 @@ from sinklens.find.sinkmap import SinkMap
 from sinklens.find.sinks import find_sinks
 from sinklens.forward.metrics import METRICS, Metric
 from sinklens.forward.predictions import check_masking, predictions
-from sinklens.hooks import Hooks
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.measuring import groups, measure

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.ablate import ablate_sinks
+from sinklens.ablate.ablate import ablate_sinks
 from sinklens.attention.backend import hooked
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import block_output

@@ -10,18 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.blockwise import edited_attention
+from sinklens.ablate.edit_hooks import delegates
+from sinklens.ablate.hooks import Hooks
 from sinklens.attention.backend import hooked
 from sinklens.attention.flash import flash
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.capabilities import capabilities
 from sinklens.find.lifetimes import activity as active_where
 from sinklens.find.sinkmap import assemble
-from sinklens.flash_edit import edited_attention
 from sinklens.forward.follow import numbered
 from sinklens.forward.metrics import Metric, token_metrics
 from sinklens.forward.predictions import row_logits
-from sinklens.hooks import Hooks
-from sinklens.pattern_edit import delegates
 from sinklens.plan import Plan, Planned
 from sinklens.watch import Watch, Watches
 

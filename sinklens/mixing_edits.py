@@ -8,7 +8,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.ablate import ablate_sinks
+from sinklens.ablate.ablate import ablate_sinks
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public

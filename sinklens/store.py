@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sinklens.ablate.hooks import Hooks
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors, write_text
-from sinklens.hooks import Hooks
 from sinklens.inputs.tokens import Tokens
 from sinklens.outcome import UNTRAINED, Experiment, Run
 from sinklens.plan import Plan

@@ -20,7 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.ablate import ablate_sinks
+from sinklens.ablate.ablate import ablate_sinks
+from sinklens.ablate.edit_hooks import delegates
+from sinklens.ablate.hooks import Hooks
 from sinklens.attention.backend import hooked
 from sinklens.bridge.adapters import attention_hook, block_input, grouped_by_head
 from sinklens.bridge.capabilities import capabilities
@@ -31,11 +33,9 @@ from sinklens.find.locations import Sinks, find_places
 from sinklens.forward.follow import READERS, numbered
 from sinklens.forward.metrics import METRICS, token_metrics
 from sinklens.forward.predictions import drawn, scored_logits
-from sinklens.hooks import Hooks
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
-from sinklens.pattern_edit import delegates
 from sinklens.show.progress import progress_bar
 from sinklens.sweep_result import Sweep
 

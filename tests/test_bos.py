@@ -11,7 +11,7 @@ from test_ablate import batch_of, greedy, left
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.bos import SITES, site_hook
+from sinklens.ablate.patch_bos import SITES, site_hook
 
 
 def at_site(model: Any, ids: Tensor, layer: int, site: str, hooks: Any = ()) -> Tensor:

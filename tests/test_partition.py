@@ -10,7 +10,7 @@ import torch
 from naive_edits import naive_row
 from torch import Tensor
 
-from sinklens.partition import MODES, Partition, edited_pattern, pair
+from sinklens.ablate.partition import MODES, Partition, edited_pattern, pair
 
 KEYS = 9
 ALL: list[tuple[str, dict[str, Any]]] = [(m, {}) for m in MODES if m not in ("scale", "move", "mean_value")]

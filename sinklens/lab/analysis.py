@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.ablate import ablate_sinks
+from sinklens.ablate.ablate import ablate_sinks
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.decompose import decompose_sinks
 from sinklens.find.anatomy import sink_anatomy

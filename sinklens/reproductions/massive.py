@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinklens.ablate.residual import ablate_residual, massive
 from sinklens.core.errors import BadInputError
 from sinklens.experiment import run_experiment
 from sinklens.forward.states import block_inputs
@@ -25,7 +26,6 @@ from sinklens.reproductions.claims import (
     measured,
 )
 from sinklens.reproductions.originals import Subject
-from sinklens.residual_edits import ablate_residual, massive
 
 PAPER = "Sun et al. 2024, Massive Activations in Large Language Models (2402.17762)"
 

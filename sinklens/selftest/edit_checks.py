@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.ablate import ablate_sinks
-from sinklens.bos import patch_bos
+from sinklens.ablate.ablate import ablate_sinks
+from sinklens.ablate.patch_bos import patch_bos
+from sinklens.ablate.residual import ablate_residual
+from sinklens.ablate.swap import restrict_attention, swap_attention
 from sinklens.bridge.adapters import block_input
 from sinklens.core.errors import BadInputError
 from sinklens.damage import damage, matched_damage
 from sinklens.experiment import run_experiment
-from sinklens.residual_edits import ablate_residual
 from sinklens.selftest.naive_edit import Means, naive_edit
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
 from sinklens.selftest.written_out import Edit, Layer, plain, with_learned, write_out
-from sinklens.swap import restrict_attention, swap_attention
 from sinklens.sweeps import sweep_ablation
 from sinklens.variants import bos_variants
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.ablate import ablate_sinks
+from sinklens.ablate.ablate import ablate_sinks
 from sinklens.bridge.adapters import attention_hook, block_input, block_output
 from sinklens.collapse import measure_collapse
 from sinklens.core.errors import SinklensWarning

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sinklens.ablate import ablate_sinks
-from sinklens.bos import patch_bos
+from sinklens.ablate.ablate import ablate_sinks
+from sinklens.ablate.patch_bos import patch_bos
+from sinklens.ablate.residual import ablate_residual
+from sinklens.ablate.swap import restrict_attention, swap_attention
 from sinklens.core.errors import BadInputError
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import named_tokens
-from sinklens.residual_edits import ablate_residual
-from sinklens.swap import restrict_attention, swap_attention
 from sinklens.sweep.specs import FOUND, InterventionSpec, TextSpec, spec_of
 
 if TYPE_CHECKING:

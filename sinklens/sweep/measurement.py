@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from sinklens.ablate.hooks import Hooks
 from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import SinklensWarning, UnsupportedModelError
 from sinklens.find.scores import SinkScores, sink_scores
 from sinklens.find.sinkmap import SinkMap
 from sinklens.find.sinks import from_scores
-from sinklens.hooks import Hooks
 from sinklens.inputs.tokens import Tokens
 from sinklens.sweep.edits import build_edit
 from sinklens.sweep.specs import InterventionSpec

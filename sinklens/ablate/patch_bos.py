@@ -15,6 +15,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.hooks import Hooks
+from sinklens.ablate.selection import Layers, select
+from sinklens.ablate.sink_edit import same_vector
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import attention_hook, block_input, block_output, grouped_by_head, unrotated_keys
 from sinklens.bridge.capabilities import capabilities
@@ -22,11 +25,8 @@ from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.find.locations import Place, Places
 from sinklens.forward.follow import Forward
-from sinklens.hooks import Hooks
 from sinklens.inputs.load import as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.selection import Layers, select
-from sinklens.sink_edit import same_vector
 
 SITES = ("resid_pre", "resid_post", "k", "v", "mlp_out", "attn_out")
 Source = str | int | Sequence[str] | Tensor | Tokens | Mapping[str, Tensor] | ActivationCache

@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.edit_hooks import edit_hooks, refuse_unless_editable
+from sinklens.ablate.hooks import Hooks
+from sinklens.ablate.partition import MODES, VALUES
+from sinklens.ablate.reference import Reference, gather_reference
+from sinklens.ablate.selection import Heads, Layers, select
+from sinklens.ablate.sink_edit import Ablation, SinkEdit
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.forward.follow import Forward
-from sinklens.hooks import Hooks
 from sinklens.inputs.tokens import Tokens
-from sinklens.partition import MODES, VALUES
-from sinklens.pattern_edit import edit_hooks, refuse_unless_editable
-from sinklens.reference import Reference, gather_reference
-from sinklens.selection import Heads, Layers, select
-from sinklens.sink_edit import Ablation, SinkEdit
 
 WITHOUT_LEARNED = ("zero", "value_only", "mean_value", "fixed_key")
 

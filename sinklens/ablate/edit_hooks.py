@@ -13,15 +13,15 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.attention_edit import Attached, PatternEdit, Seen
+from sinklens.ablate.blockwise import dense_attention, edited_attention
 from sinklens.attention.backend import Armed, hook_points, once, running
 from sinklens.attention.flash_proof import unsupported
 from sinklens.attention.kernels import View
-from sinklens.attention_edit import Attached, PatternEdit, Seen
 from sinklens.bridge.adapters import attention_hook, either_backend, grouped_by_head, scored_points, value_bias
 from sinklens.bridge.capabilities import capabilities
 from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
-from sinklens.flash_edit import dense_attention, edited_attention
 from sinklens.forward.follow import Forward
 
 BACKENDS = ("auto", "hooks", "flash")

@@ -1,6 +1,6 @@
 """Ablations without a pattern: ``o_R`` and ``lse_R`` from one kernel call, the few sink columns apart.
 
-``z = rest o_R + sink o_S`` with the coefficients of :func:`sinklens.partition.pair`; it costs about what unedited
+``z = rest o_R + sink o_S`` with the coefficients of :func:`sinklens.ablate.partition.pair`; it costs about what unedited
 attention does. Rows and heads that an edit leaves alone get the kernel's own output.
 """
 
@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.ablate.attention_edit import Attached
+from sinklens.ablate.partition import Parts, pair
+from sinklens.ablate.reference import bins
+from sinklens.ablate.sink_edit import SinkEdit, same_vector
 from sinklens.attention.backend import plain
 from sinklens.attention.kernels import View, blocked, dense_output, dense_scores, fused, fused_takes, without
-from sinklens.attention_edit import Attached
-from sinklens.partition import Parts, pair
-from sinklens.reference import bins
-from sinklens.sink_edit import SinkEdit, same_vector
 
 MOST_COLUMNS = 64
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.partition import Partition
 from sinklens.attention.backend import hooked
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import attention_hook, grouped_by_head, learned_sink_logits, unrotated_keys
@@ -31,7 +32,6 @@ from sinklens.find.sinks import find_sinks
 from sinklens.forward.follow import Forward
 from sinklens.inputs.load import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.partition import Partition
 from sinklens.show.progress import progress_bar
 
 KEPT = 4  # references per model

@@ -1,6 +1,6 @@
 """Edits of attention inside the registered function.
 
-Ablations that need no pattern take :mod:`sinklens.lean_edit`; any other edit runs on blocks of query rows
+Ablations that need no pattern take :mod:`sinklens.ablate.compressed`; any other edit runs on blocks of query rows
 (``pattern_attention``): the same code as on the hooks backend, in O(T) memory.
 """
 
@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.attention_edit import Attached, Seen
+from sinklens.ablate.compressed import lean_attention
+from sinklens.ablate.sink_edit import SinkEdit
 from sinklens.attention.backend import Flash, told
 from sinklens.attention.kernels import ROWS, View, blocks, dense_output, dense_scores, scored, visible
-from sinklens.attention_edit import Attached, Seen
 from sinklens.bridge.capabilities import capabilities
-from sinklens.lean_edit import lean_attention
-from sinklens.sink_edit import SinkEdit
 
 
 class BlockSeen(Seen):

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention_edit import PatternEdit, Seen
+from sinklens.ablate.attention_edit import PatternEdit, Seen
+from sinklens.ablate.edit_hooks import edit_hooks, refuse_unless_editable
+from sinklens.ablate.hooks import Hooks
+from sinklens.ablate.partition import Partition, edited_pattern, pair
+from sinklens.ablate.selection import Heads, Layers, Selection, select
 from sinklens.bridge.adapters import learned_sink_logits
 from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.forward.follow import Forward
-from sinklens.hooks import Hooks
-from sinklens.partition import Partition, edited_pattern, pair
-from sinklens.pattern_edit import edit_hooks, refuse_unless_editable
-from sinklens.selection import Heads, Layers, Selection, select
 
 KINDS = ("off-by-one", "learned-logit", "clipped")
 

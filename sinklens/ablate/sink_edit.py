@@ -11,16 +11,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention_edit import PatternEdit, Seen
+from sinklens.ablate.attention_edit import PatternEdit, Seen
+from sinklens.ablate.hooks import Hooks
+from sinklens.ablate.partition import Partition, edited_pattern, pair
+from sinklens.ablate.reference import Reference, bins
+from sinklens.ablate.selection import Selection
 from sinklens.bridge.adapters import learned_sink_logits, score_scale, score_softcap, value_bias
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.find.locations import Places
 from sinklens.forward.follow import Forward
-from sinklens.hooks import Hooks
-from sinklens.partition import Partition, edited_pattern, pair
-from sinklens.reference import Reference, bins
-from sinklens.selection import Selection
 
 
 @dataclass(frozen=True)

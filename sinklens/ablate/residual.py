@@ -16,6 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.ablate.hooks import Hooks
+from sinklens.ablate.reference import reference_places
+from sinklens.ablate.selection import Layers, select
+from sinklens.ablate.sink_edit import same_vector
 from sinklens.attention.run import collect
 from sinklens.bridge.adapters import block_input
 from sinklens.bridge.capabilities import capabilities
@@ -24,12 +28,8 @@ from sinklens.core.validation import public
 from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.forward.follow import Forward
 from sinklens.forward.states import typical_mean
-from sinklens.hooks import Hooks
 from sinklens.inputs.tokens import Tokens
-from sinklens.reference import reference_places
-from sinklens.selection import Layers, select
 from sinklens.show.progress import progress_bar
-from sinklens.sink_edit import same_vector
 
 RESIDUAL_MODES = ("massive_zero", "massive_mean", "project", "rescale")
 MASSIVE = 100.0  # times the median entry of the same hidden state

@@ -1,0 +1,1 @@
+"""Edits: sinks ablated, attention swapped or restricted, residual states and BOS patched."""
