@@ -25,7 +25,7 @@ def measure(contender: str, name: str, length: int) -> dict[str, float]:
     import torch
 
     import sinklens as sl
-    from sinklens.experiment import scored_logits
+    from sinklens.experiment.experiment import scored_logits
     from sinklens.forward.metrics import kl, loss
 
     torch.set_num_threads(1)

@@ -25,12 +25,16 @@ if TYPE_CHECKING:
     from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
     from sinklens.collapse import Collapse, measure_collapse
     from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
-    from sinklens.damage import MatchedDamage, matched_damage
     from sinklens.decompose import decompose_sinks
     from sinklens.decompose_page import write_decomposition
     from sinklens.decomposition import SinkDecomposition, Subject
-    from sinklens.experiment import run_experiment
-    from sinklens.experiment_page import write_experiment
+    from sinklens.experiment.ablation_sweep import sweep_ablation
+    from sinklens.experiment.ablation_sweep_result import Sweep
+    from sinklens.experiment.bos_variants import BosVariants, bos_variants
+    from sinklens.experiment.experiment import run_experiment
+    from sinklens.experiment.matched_damage import MatchedDamage, matched_damage
+    from sinklens.experiment.page import write_experiment
+    from sinklens.experiment.result import Experiment
     from sinklens.find.anatomy import Anatomy, sink_anatomy
     from sinklens.find.contexts import compare_contexts
     from sinklens.find.image_figures import image_map
@@ -59,7 +63,6 @@ if TYPE_CHECKING:
     from sinklens.mixing_sweeps import mixing_by_length
     from sinklens.models.load import load_model
     from sinklens.neurons import Neurons, writer_neurons
-    from sinklens.outcome import Experiment
     from sinklens.pair_norms import jacobian_norms
     from sinklens.path_sum import PathSums, path_sums
     from sinklens.perturbation import perturbation_spread
@@ -71,13 +74,10 @@ if TYPE_CHECKING:
     from sinklens.self_test import SelfTest, check_model
     from sinklens.show.circuitsvis import TokenView
     from sinklens.subspace import writer_subspace
-    from sinklens.sweep_result import Sweep
-    from sinklens.sweeps import sweep_ablation
     from sinklens.trace import trace_sinks
     from sinklens.trace_page import write_trace
     from sinklens.trace_result import SinkTrace
     from sinklens.two_by_two import Claims, TwoByTwo
-    from sinklens.variants import BosVariants, bos_variants
     from sinklens.verdicts import Verdict
 
 __version__ = "0.1.0"
@@ -87,16 +87,16 @@ _HOMES = {
     "Anatomy": "find.anatomy",
     "AttentionStatistics": "heads.statistics",
     "BadInputError": "core.errors",
-    "BosVariants": "variants",
+    "BosVariants": "experiment.bos_variants",
     "Capabilities": "bridge.capabilities",
     "Claims": "two_by_two",
     "Collapse": "collapse",
-    "Experiment": "outcome",
+    "Experiment": "experiment.result",
     "Flash": "attention.backend",
     "HeadActivity": "heads.activity",
     "Hooks": "ablate.hooks",
     "Images": "inputs.images",
-    "MatchedDamage": "damage",
+    "MatchedDamage": "experiment.matched_damage",
     "Mixing": "mixing_result",
     "MixingComparison": "mixing_result",
     "MixingConditions": "mixing_edits",
@@ -117,7 +117,7 @@ _HOMES = {
     "SinklensError": "core.errors",
     "SinklensWarning": "core.errors",
     "Subject": "decomposition",
-    "Sweep": "sweep_result",
+    "Sweep": "experiment.ablation_sweep_result",
     "Thresholds": "find.lifetimes",
     "TokenView": "show.circuitsvis",
     "Tokens": "inputs.load",
@@ -130,7 +130,7 @@ _HOMES = {
     "attention_map": "heads.maps",
     "attention_view": "heads.maps",
     "attention_statistics": "heads.statistics",
-    "bos_variants": "variants",
+    "bos_variants": "experiment.bos_variants",
     "capabilities": "bridge.capabilities",
     "check_model": "self_test",
     "compare_contexts": "find.contexts",
@@ -145,7 +145,7 @@ _HOMES = {
     "load_images": "inputs.images",
     "load_model": "models.load",
     "load_tokens": "inputs.load",
-    "matched_damage": "damage",
+    "matched_damage": "experiment.matched_damage",
     "measure_collapse": "collapse",
     "measure_mixing": "mixing",
     "mixing_by_length": "mixing_sweeps",
@@ -161,17 +161,17 @@ _HOMES = {
     "register_tokens": "find.registers",
     "reproduce": "reproductions",
     "restrict_attention": "ablate.swap",
-    "run_experiment": "experiment",
+    "run_experiment": "experiment.experiment",
     "sample_images": "inputs.sample_images",
     "sink_anatomy": "find.anatomy",
     "sink_levels": "secondary_claims",
     "sink_scores": "find.scores",
     "swap_attention": "ablate.swap",
-    "sweep_ablation": "sweeps",
+    "sweep_ablation": "experiment.ablation_sweep",
     "token_loss": "forward.metrics",
     "trace_sinks": "trace",
     "write_decomposition": "decompose_page",
-    "write_experiment": "experiment_page",
+    "write_experiment": "experiment.page",
     "write_images": "find.images_page",
     "write_mixing": "mixing_page",
     "write_report": "report.write",

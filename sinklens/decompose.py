@@ -16,10 +16,10 @@ from sinklens.ablate.reference import sinks_of
 from sinklens.ablate.selection import Layers, select
 from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.bridge.requirements import refuse_half_precision, refuse_unless_softmax
-from sinklens.controls import slots
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
+from sinklens.experiment.controls import slots
 from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.find.sinkmap import SinkMap
 from sinklens.find.sinks import find_sinks

@@ -17,9 +17,10 @@ from sinklens.attention.backend import hooked
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import block_output
 from sinklens.bridge.capabilities import capabilities
-from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
-from sinklens.experiment import run_experiment
+from sinklens.experiment.ablation_sweep import first_order, grows, scored_positions, sweep_ablation
+from sinklens.experiment.controls import slots
+from sinklens.experiment.experiment import run_experiment
 from sinklens.find.locations import Places
 from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.follow import numbered
@@ -28,7 +29,6 @@ from sinklens.forward.predictions import scored_logits
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
 from sinklens.show.progress import progress_bar
-from sinklens.sweeps import first_order, grows, scored_positions, sweep_ablation
 from sinklens.two_by_two import CELLS, Key, TwoByTwo
 
 SCOPES = ("all", "layer", "head")

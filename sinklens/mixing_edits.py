@@ -12,7 +12,7 @@ from sinklens.ablate.ablate import ablate_sinks
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.damage import matched_damage
+from sinklens.experiment.matched_damage import matched_damage
 from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.metrics import token_loss
 

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import sinklens as sl
 from sinklens import lab, streaming, sweep
-from sinklens.damage import damage
+from sinklens.experiment.matched_damage import damage
 from sinklens.inputs.load import as_tokens
 from sinklens.selftest.cause_checks import MANY, made
 from sinklens.selftest.subject import SINKS, Subject

@@ -14,13 +14,13 @@ from planted import ORDINARY, X, Y, planted_model, row
 from torch import Tensor
 
 import sinklens as sl
-from sinklens import measuring
 from sinklens.bridge.capabilities import capabilities
-from sinklens.controls import CONTROLS
+from sinklens.experiment import runs as measuring
+from sinklens.experiment.controls import CONTROLS
+from sinklens.experiment.plan import Plan
 from sinklens.find.locations import Place, Places
 from sinklens.forward.predictions import predictions
 from sinklens.inputs.load import as_tokens
-from sinklens.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_controls_never_pick_a_sink_and_have_as_many_places(sunk: Any) -> None:
         seen[kind] = (places, complete, wanted)
         return places, complete
 
-    from sinklens import plan
+    from sinklens.experiment import plan
 
     real = plan.control_places
     plan.control_places = spy
@@ -163,7 +163,7 @@ def test_intervals_come_with_sixteen_documents(sunk: Any) -> None:
 def test_recent_takes_the_latest_ordinary_tokens_of_every_query() -> None:
     from test_ablate import patterns, planted_map
 
-    from sinklens.controls import control_places, slots
+    from sinklens.experiment.controls import control_places, slots
 
     _, model = build_pair("llama")
     rows = random_rows((12,))

@@ -18,9 +18,9 @@ from nbclient import NotebookClient
 from planted import X, Y, planted_model, row
 
 import sinklens as sl
+from sinklens.experiment.ablation_sweep_result import Sweep
 from sinklens.show.notebook import SHOWN_ROWS, ShownInJupyter, html_view
 from sinklens.streaming import eviction_study, streaming_loss
-from sinklens.sweep_result import Sweep
 
 NASTY = '</script><b onclick="x">$'
 ALLOWED = {"div", "strong", "table", "thead", "tbody", "tr", "th", "td", "code"}

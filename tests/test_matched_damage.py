@@ -7,7 +7,7 @@ import torch
 from architectures import build_pair, random_rows
 
 import sinklens as sl
-from sinklens.damage import damage
+from sinklens.experiment.matched_damage import damage
 from sinklens.jacobians import Stream, exact_block
 
 

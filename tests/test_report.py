@@ -159,7 +159,7 @@ def test_an_interrupted_run_leaves_no_half_file_and_goes_on(tmp_path: Path, monk
 def test_an_experiment_goes_on_with_the_sequence_at_which_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sinklens.experiment as running
+    import sinklens.experiment.experiment as running
 
     model = planted()
     tokens = texts(model, 3)
@@ -172,7 +172,7 @@ def test_an_experiment_goes_on_with_the_sequence_at_which_it_was_stopped(
         seen.extend(group)
         return measure(model, plan, group, *rest)
 
-    monkeypatch.setattr("sinklens.measuring.MOST_TOKENS", 0)  # each sequence a forward of its own
+    monkeypatch.setattr("sinklens.experiment.runs.MOST_TOKENS", 0)  # each sequence a forward of its own
     monkeypatch.setattr(running, "measure", stops)
     with pytest.raises(KeyboardInterrupt):
         sl.write_report(model, tokens, tmp_path, quick=True)

@@ -14,7 +14,7 @@ from kaleido.errors import KaleidoError
 from reporting import SMALL, planted, texts
 
 import sinklens as sl
-from sinklens.outcome import Run
+from sinklens.experiment.result import Run
 from sinklens.report import export as exporting
 from sinklens.report import story
 from sinklens.report.content import Plot

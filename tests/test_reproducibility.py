@@ -22,7 +22,7 @@ from test_lab_training import SHORT
 from test_trace import planted_writers, texts
 
 import sinklens as sl
-from sinklens.damage import damage
+from sinklens.experiment.matched_damage import damage
 from sinklens.find.contexts import shuffle
 from sinklens.inputs.load import as_tokens
 from sinklens.lab import train

@@ -10,7 +10,7 @@ import torch
 from architectures import build, build_pair, random_rows
 
 import sinklens as sl
-from sinklens import sweeps
+from sinklens.experiment import ablation_sweep as sweeps
 
 NAMES = ("gpt2", "llama", "gemma3", "gpt-oss", "neox", "mistral", "gemma2")
 
@@ -73,9 +73,11 @@ def test_memory_bounded_passes_agree_with_one(monkeypatch: pytest.MonkeyPatch) -
     ids = torch.stack(random_rows((20,)))
     whole = sl.sweep_ablation(model, ids, [0])
     passes: list[int] = []
-    monkeypatch.setattr("sinklens.sweeps.NUMBERS_AT_ONCE", 2 * 20 * (4 * 20 + 4 * model.cfg.d_model))
+    monkeypatch.setattr("sinklens.experiment.ablation_sweep.NUMBERS_AT_ONCE", 2 * 20 * (4 * 20 + 4 * model.cfg.d_model))
     real = sweeps._final_states
-    monkeypatch.setattr("sinklens.sweeps._final_states", lambda *given: passes.append(1) or real(*given))
+    monkeypatch.setattr(
+        "sinklens.experiment.ablation_sweep._final_states", lambda *given: passes.append(1) or real(*given)
+    )
     assert torch.allclose(sl.sweep_ablation(model, ids, [0]).metrics["loss"], whole.metrics["loss"], atol=1e-6)
     assert len(passes) == model.cfg.n_layers
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sinklens.core.errors import BadInputError
+from sinklens.experiment.bos_variants import bos_variants
 from sinklens.find.scores import sink_scores
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.vocabulary import vocabulary
@@ -29,7 +30,6 @@ from sinklens.reproductions.claims import (
 )
 from sinklens.reproductions.gu import per_sequence
 from sinklens.reproductions.originals import Subject
-from sinklens.variants import bos_variants
 
 PAPER = "Barbero et al. 2025, Why do LLMs attend to the first token? (2504.02732)"
 STRICT, EPSILON, LENGTH = 0.8, 0.3, 64

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinklens.ablate.residual import ablate_residual, massive
 from sinklens.core.errors import BadInputError
-from sinklens.experiment import run_experiment
+from sinklens.experiment.experiment import run_experiment
 from sinklens.forward.states import block_inputs
 from sinklens.inputs.tokens import Tokens
 from sinklens.reproductions.claims import (

@@ -15,13 +15,13 @@ from sinklens.ablate.residual import ablate_residual
 from sinklens.ablate.swap import restrict_attention, swap_attention
 from sinklens.bridge.adapters import block_input
 from sinklens.core.errors import BadInputError
-from sinklens.damage import damage, matched_damage
-from sinklens.experiment import run_experiment
+from sinklens.experiment.ablation_sweep import sweep_ablation
+from sinklens.experiment.bos_variants import bos_variants
+from sinklens.experiment.experiment import run_experiment
+from sinklens.experiment.matched_damage import damage, matched_damage
 from sinklens.selftest.naive_edit import Means, naive_edit
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
 from sinklens.selftest.written_out import Edit, Layer, plain, with_learned, write_out
-from sinklens.sweeps import sweep_ablation
-from sinklens.variants import bos_variants
 
 MODES: dict[str, dict[str, Any]] = {
     "renormalize": {},

@@ -21,15 +21,15 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sinklens.controls import CONTROLS
 from sinklens.core.errors import BadInputError, SinklensWarning
-from sinklens.experiment import run_experiment
+from sinklens.experiment.controls import CONTROLS
+from sinklens.experiment.experiment import run_experiment
+from sinklens.experiment.result import Experiment
 from sinklens.find.scores import sink_scores as scores_of
 from sinklens.find.sinks import find_sinks as sinks_of
 from sinklens.forward.metrics import METRICS
 from sinklens.forward.metrics import token_loss as loss_per_token
 from sinklens.inputs.tokens import check_positions
-from sinklens.outcome import Experiment
 from sinklens.sweep.edits import function_of
 from sinklens.sweep.measurement import Measurement
 from sinklens.sweep.specs import TaskSpec

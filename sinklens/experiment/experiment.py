@@ -17,6 +17,10 @@ from sinklens.attention.backend import Flash
 from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.experiment.checkpoint import Store
+from sinklens.experiment.plan import Plan, Planned, check_controls
+from sinklens.experiment.result import UNTRAINED, Experiment
+from sinklens.experiment.runs import groups, measure
 from sinklens.find.flash_scores import choose_backend
 from sinklens.find.sinkmap import SinkMap
 from sinklens.find.sinks import find_sinks
@@ -24,12 +28,8 @@ from sinklens.forward.metrics import METRICS, Metric
 from sinklens.forward.predictions import check_masking, predictions
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.measuring import groups, measure
 from sinklens.models.load import untrained_twin
-from sinklens.outcome import UNTRAINED, Experiment
-from sinklens.plan import Plan, Planned, check_controls
 from sinklens.show.progress import progress_bar
-from sinklens.store import Store
 
 Intervention = Sequence[tuple[Any, Callable[..., Any]]] | Callable[[Tokens], Hooks]
 
@@ -59,7 +59,7 @@ def run_experiment(
         tokens: the sequences; intervals need 16 documents.
         interventions: by label: what a hook builder returns, a plain list of TransformerLens hooks, or a function from
             the discovery half's Tokens to hooks (with ``split``).
-        controls: names from ``random``, ``recent``, ``same_id``, ``matched`` (see :mod:`sinklens.controls`), made for
+        controls: names from ``random``, ``recent``, ``same_id``, ``matched`` (see :mod:`sinklens.experiment.controls`), made for
             every intervention that has positions; or your own: ``{label: {name: hooks}}``; or ``()``.
         metrics: ``loss`` (nats), ``kl`` (KL(base || edited), nats), ``top1`` (agreement of the likeliest token with
             base), or functions ``f(logits, base_logits, targets) -> value per token``.

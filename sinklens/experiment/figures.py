@@ -10,8 +10,8 @@ from sinklens.core.errors import BadInputError
 from sinklens.show.theme import ACCENT, INK, SCALE, escape_hover, themed
 
 if TYPE_CHECKING:
-    from sinklens.outcome import Experiment
-    from sinklens.sweep_result import Sweep
+    from sinklens.experiment.ablation_sweep_result import Sweep
+    from sinklens.experiment.result import Experiment
 
 WORDS = {
     "loss": "change of loss (nats per token)",

@@ -17,13 +17,13 @@ from sinklens.attention.backend import hooked
 from sinklens.attention.flash import flash
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.capabilities import capabilities
+from sinklens.experiment.plan import Plan, Planned
+from sinklens.experiment.side_effects import Watch, Watches
 from sinklens.find.lifetimes import activity as active_where
 from sinklens.find.sinkmap import assemble
 from sinklens.forward.follow import numbered
 from sinklens.forward.metrics import Metric, token_metrics
 from sinklens.forward.predictions import row_logits
-from sinklens.plan import Plan, Planned
-from sinklens.watch import Watch, Watches
 
 SHORT = 256  # tokens; a forward of a longer sequence gains nothing from others beside it
 MOST_TOKENS = 1024  # of sequences that share a forward

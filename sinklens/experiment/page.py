@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.outcome import Experiment
+from sinklens.experiment.result import Experiment
 from sinklens.show.page import html_table, manifest, render
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from sinklens.ablate.hooks import Hooks
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors, write_text
+from sinklens.experiment.plan import Plan
+from sinklens.experiment.result import UNTRAINED, Experiment, Run
 from sinklens.inputs.tokens import Tokens
-from sinklens.outcome import UNTRAINED, Experiment, Run
-from sinklens.plan import Plan
 
 
 def _what(hooks: Sequence[Any]) -> str | int:

@@ -26,9 +26,10 @@ from sinklens.ablate.hooks import Hooks
 from sinklens.attention.backend import hooked
 from sinklens.bridge.adapters import attention_hook, block_input, grouped_by_head
 from sinklens.bridge.capabilities import capabilities
-from sinklens.controls import slots
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.experiment.ablation_sweep_result import Sweep
+from sinklens.experiment.controls import slots
 from sinklens.find.locations import Sinks, find_places
 from sinklens.forward.follow import READERS, numbered
 from sinklens.forward.metrics import METRICS, token_metrics
@@ -37,7 +38,6 @@ from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
 from sinklens.show.progress import progress_bar
-from sinklens.sweep_result import Sweep
 
 OVER = ("layer", "head", "layer-head", "dose")
 DOSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)

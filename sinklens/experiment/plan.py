@@ -11,13 +11,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.ablate.hooks import Hooks
-from sinklens.controls import CONTROLS, Candidates, candidates, control_places, slots
 from sinklens.core.errors import BadInputError
+from sinklens.experiment.controls import CONTROLS, Candidates, candidates, control_places, slots
+from sinklens.experiment.result import Run
 from sinklens.find.locations import Place
 from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.predictions import Predictions, drawn
 from sinklens.inputs.tokens import Tokens
-from sinklens.outcome import Run
 
 
 @dataclass(frozen=True, eq=False)

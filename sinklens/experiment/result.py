@@ -137,7 +137,7 @@ class Experiment(ShownInJupyter):
 
     def plot(self, metric: str | None = None) -> Figure:
         """Forest plot: the effect of every intervention, its controls below it."""
-        from sinklens.experiment_plots import forest
+        from sinklens.experiment.figures import forest
 
         return forest(self, metric)
 
