@@ -1,7 +1,7 @@
 """Ablations without a pattern: ``o_R`` and ``lse_R`` from one kernel call, the few sink columns apart.
 
-``z = rest o_R + sink o_S`` with the coefficients of :func:`sinklens.ablate.partition.pair`; it costs about what unedited
-attention does. Rows and heads that an edit leaves alone get the kernel's own output.
+``z = rest o_R + sink o_S`` with the coefficients of :func:`sinklens.ablate.partition.pair`; it costs about what
+unedited attention does. Rows and heads that an edit leaves alone get the kernel's own output.
 """
 
 from __future__ import annotations
