@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
     from sinklens.collapse import Collapse, measure_collapse
     from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
-    from sinklens.decompose import decompose_sinks
-    from sinklens.decompose_page import write_decomposition
-    from sinklens.decomposition import SinkDecomposition, Subject
+    from sinklens.decompose.decompose import decompose_sinks
+    from sinklens.decompose.page import write_decomposition
+    from sinklens.decompose.result import SinkDecomposition, Subject
+    from sinklens.decompose.two_by_two import Claims, TwoByTwo
     from sinklens.experiment.ablation_sweep import sweep_ablation
     from sinklens.experiment.ablation_sweep_result import Sweep
     from sinklens.experiment.bos_variants import BosVariants, bos_variants
@@ -77,7 +78,6 @@ if TYPE_CHECKING:
     from sinklens.trace import trace_sinks
     from sinklens.trace_page import write_trace
     from sinklens.trace_result import SinkTrace
-    from sinklens.two_by_two import Claims, TwoByTwo
     from sinklens.verdicts import Verdict
 
 __version__ = "0.1.0"
@@ -89,7 +89,7 @@ _HOMES = {
     "BadInputError": "core.errors",
     "BosVariants": "experiment.bos_variants",
     "Capabilities": "bridge.capabilities",
-    "Claims": "two_by_two",
+    "Claims": "decompose.two_by_two",
     "Collapse": "collapse",
     "Experiment": "experiment.result",
     "Flash": "attention.backend",
@@ -110,18 +110,18 @@ _HOMES = {
     "Reproductions": "reproductions",
     "SelfTest": "self_test",
     "Sink": "find.sinkmap",
-    "SinkDecomposition": "decomposition",
+    "SinkDecomposition": "decompose.result",
     "SinkMap": "find.sinkmap",
     "SinkScores": "find.scores",
     "SinkTrace": "trace_result",
     "SinklensError": "core.errors",
     "SinklensWarning": "core.errors",
-    "Subject": "decomposition",
+    "Subject": "decompose.result",
     "Sweep": "experiment.ablation_sweep_result",
     "Thresholds": "find.lifetimes",
     "TokenView": "show.circuitsvis",
     "Tokens": "inputs.load",
-    "TwoByTwo": "two_by_two",
+    "TwoByTwo": "decompose.two_by_two",
     "UnsupportedModelError": "core.errors",
     "Verdict": "verdicts",
     "ablate_residual": "ablate.residual",
@@ -136,7 +136,7 @@ _HOMES = {
     "compare_contexts": "find.contexts",
     "compare_methods": "find.sinks",
     "compare_mixing": "mixing",
-    "decompose_sinks": "decompose",
+    "decompose_sinks": "decompose.decompose",
     "find_sinks": "find.sinks",
     "flash": "attention.flash",
     "head_activity": "heads.activity",
@@ -170,7 +170,7 @@ _HOMES = {
     "sweep_ablation": "experiment.ablation_sweep",
     "token_loss": "forward.metrics",
     "trace_sinks": "trace",
-    "write_decomposition": "decompose_page",
+    "write_decomposition": "decompose.page",
     "write_experiment": "experiment.page",
     "write_images": "find.images_page",
     "write_mixing": "mixing_page",

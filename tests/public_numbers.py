@@ -12,7 +12,7 @@ from test_trace import planted_writers, texts
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.decomposition import NUMBERS
+from sinklens.decompose.result import NUMBERS
 from sinklens.streaming_losses import streaming_loss
 
 MASK = 7

@@ -19,12 +19,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import sinklens as sl
 from sinklens.bridge.adapters import attention_hook
 from sinklens.bridge.capabilities import has_hook
-from sinklens.decomposition import NUMBERS
-from sinklens.head_inputs import read_layers
+from sinklens.decompose.margin import BEYOND, GEOMETRY, MEANS, PARAMETERS
+from sinklens.decompose.queries_keys import read_layers
+from sinklens.decompose.result import NUMBERS
 from sinklens.inputs.load import as_tokens
 from sinklens.residual.components import EMBEDDINGS, ENDS, INSIDE, Contributions
 from sinklens.residual.contributions import flat
-from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS
 
 FAMILIES = ("gpt2", "llama", "qwen2", "neox", "phi3", "gemma2", "gemma3", "gpt-oss", "bert")
 OTHERS = ("falcon", "bloom", "opt", "roberta", "qwen3", "olmo2", "mistral", "mixtral", "gpt-neo")

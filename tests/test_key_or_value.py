@@ -14,10 +14,10 @@ from test_ablate import bias_of
 from torch import Tensor
 
 import sinklens as sl
+from sinklens.decompose.key_or_value import _by_forwards, embedding_changes, shortened
+from sinklens.decompose.two_by_two import CELLS, Claims, TwoByTwo, shapley
 from sinklens.find.locations import Place, Places, find_places
 from sinklens.inputs.load import as_tokens
-from sinklens.key_or_value import _by_forwards, embedding_changes, shortened
-from sinklens.two_by_two import CELLS, Claims, TwoByTwo, shapley
 
 X, ORDINARY, SIZE = 3, range(4, 12), 16
 LENGTH, DOCUMENTS = 64, 16

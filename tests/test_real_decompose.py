@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.bridge.adapters import attention_hook
-from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS
+from sinklens.decompose.margin import BEYOND, GEOMETRY, MEANS, PARAMETERS
 
 pytestmark = pytest.mark.real
 

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate.ablate import ablate_sinks
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
-from sinklens.decompose import decompose_sinks
+from sinklens.decompose.decompose import decompose_sinks
 from sinklens.find.anatomy import sink_anatomy
 from sinklens.find.sinks import find_sinks
 from sinklens.forward.metrics import token_loss

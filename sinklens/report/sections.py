@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from sinklens.decompose_page import CAPTIONS as DECOMPOSED
+from sinklens.decompose.page import CAPTIONS as DECOMPOSED
 from sinklens.find.score_figures import layer_profile
 from sinklens.mixing_page import CAPTIONS as MIXED
 from sinklens.report import story

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sinklens.bridge.adapters import attention_hook, by_head, score_projection, scored_points
 from sinklens.bridge.capabilities import capabilities
-from sinklens.decompose import decompose_sinks
+from sinklens.decompose.decompose import decompose_sinks
 from sinklens.find.scores import sink_scores
 from sinklens.inputs.tokens import Tokens
 from sinklens.reproductions.claims import Above, Claim, Entry, Quantity, Setting, measured

@@ -12,7 +12,8 @@ from torch import Tensor
 from sinklens.attention.importance import FAR
 from sinklens.bridge.adapters import block_input
 from sinklens.core.errors import BadInputError
-from sinklens.decompose import decompose_sinks
+from sinklens.decompose.decompose import decompose_sinks
+from sinklens.decompose.margin import BEYOND, SPLITS
 from sinklens.find.sinkmap import Sink
 from sinklens.gathered import Looked
 from sinklens.inputs.load import as_tokens
@@ -20,7 +21,6 @@ from sinklens.inputs.tokens import Tokens
 from sinklens.neurons import writer_neurons
 from sinklens.planting import plant_sinks
 from sinklens.residual.components import Component, writing_hook
-from sinklens.score_terms import BEYOND, SPLITS
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import Layer, visible
 from sinklens.subspace import writer_subspace

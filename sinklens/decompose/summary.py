@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from sinklens.score_terms import MEANS
+from sinklens.decompose.margin import MEANS
 
 if TYPE_CHECKING:
-    from sinklens.decomposition import SinkDecomposition
+    from sinklens.decompose.result import SinkDecomposition
 
 TERMS = {
     "distance": "the mean query against the mean key, by distance alone",

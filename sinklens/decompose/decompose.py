@@ -18,19 +18,19 @@ from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.bridge.requirements import refuse_half_precision, refuse_unless_softmax
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.decomposition import NUMBERS, SinkDecomposition, Subject
+from sinklens.decompose.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
+from sinklens.decompose.layer_pass import Reading
+from sinklens.decompose.margin import PARAMETERS
+from sinklens.decompose.mean_queries_keys import gather_means
+from sinklens.decompose.result import NUMBERS, SinkDecomposition, Subject
+from sinklens.decompose.two_by_two import Claims, TwoByTwo
 from sinklens.experiment.controls import slots
 from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.find.sinkmap import SinkMap
 from sinklens.find.sinks import find_sinks
 from sinklens.inputs.load import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
-from sinklens.mean_inputs import gather_means
-from sinklens.score_terms import PARAMETERS
 from sinklens.show.progress import progress_bar
-from sinklens.taking_apart import Reading
-from sinklens.two_by_two import Claims, TwoByTwo
 
 
 @public

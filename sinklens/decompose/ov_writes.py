@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.score_terms import LayerScores
+from sinklens.decompose.margin import LayerScores
 
 
 @dataclass(frozen=True, eq=False)

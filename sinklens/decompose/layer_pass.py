@@ -16,17 +16,17 @@ from sinklens.attention.importance import FAR
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import attention_hook, original, output_weights, residual_multiplier, value_bias
 from sinklens.bridge.capabilities import capabilities, has_hook
-from sinklens.decomposition import NUMBERS, Subject
+from sinklens.decompose.direct_logit_effects import LogitEffects
+from sinklens.decompose.margin import far_queries, key_weights, query_weights, split_margin
+from sinklens.decompose.mean_queries_keys import MeanInputs
+from sinklens.decompose.ov_writes import direction, numbers, off_manifold, written
+from sinklens.decompose.queries_keys import LayerInputs, points_of, read_layer
+from sinklens.decompose.result import NUMBERS, Subject
 from sinklens.find.anatomy import stable_rank
-from sinklens.head_inputs import LayerInputs, points_of, read_layer
 from sinklens.inputs.tokens import Tokens
-from sinklens.logit_effects import LogitEffects
-from sinklens.mean_inputs import MeanInputs
 from sinklens.residual.components import Component, Contributions
 from sinklens.residual.contributions import flat, stream_hooks
 from sinklens.residual.linear_maps import FrozenNorm, frozen_norm
-from sinklens.score_terms import far_queries, key_weights, query_weights, split_margin
-from sinklens.written import direction, numbers, off_manifold, written
 
 POST_NORM = ("ln1_post.hook_in", "ln1_post.hook_out")
 

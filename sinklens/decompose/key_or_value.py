@@ -18,6 +18,7 @@ from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import block_output
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.decompose.two_by_two import CELLS, Key, TwoByTwo
 from sinklens.experiment.ablation_sweep import first_order, grows, scored_positions, sweep_ablation
 from sinklens.experiment.controls import slots
 from sinklens.experiment.experiment import run_experiment
@@ -29,7 +30,6 @@ from sinklens.forward.predictions import scored_logits
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
 from sinklens.show.progress import progress_bar
-from sinklens.two_by_two import CELLS, Key, TwoByTwo
 
 SCOPES = ("all", "layer", "head")
 EMBEDDING = "embedding"

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.bridge.adapters import block_output, logit_factor, original
 from sinklens.bridge.capabilities import Capabilities, has_hook
 from sinklens.bridge.offload import real_weights
-from sinklens.decomposition import NUMBERS
+from sinklens.decompose.result import NUMBERS
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
 from sinklens.residual.linear_maps import FrozenNorm, frozen_norm

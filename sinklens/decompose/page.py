@@ -11,8 +11,8 @@ import pandas as pd
 
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.decomposition import SinkDecomposition
-from sinklens.score_terms import PARAMETERS
+from sinklens.decompose.margin import PARAMETERS
+from sinklens.decompose.result import SinkDecomposition
 from sinklens.show.page import html_table, manifest, render
 
 CAPTIONS = {

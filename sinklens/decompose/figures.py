@@ -8,11 +8,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sinklens.core.errors import BadInputError
-from sinklens.score_terms import BEYOND, SPLITS
+from sinklens.decompose.margin import BEYOND, SPLITS
 from sinklens.show.theme import ACCENT, INK, themed
 
 if TYPE_CHECKING:
-    from sinklens.decomposition import SinkDecomposition
+    from sinklens.decompose.result import SinkDecomposition
 
 WORDS = {
     "content_content": "content x content",

@@ -47,12 +47,12 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
+from sinklens.decompose.margin import BEYOND, GEOMETRY, MEANS, PARAMETERS, SPLITS
+from sinklens.decompose.two_by_two import Claims, TwoByTwo
 from sinklens.find.anatomy import head_class
 from sinklens.inputs.tokens import Tokens
 from sinklens.residual.components import Component, component_name
-from sinklens.score_terms import BEYOND, GEOMETRY, MEANS, PARAMETERS, SPLITS
 from sinklens.show.notebook import ShownInJupyter
-from sinklens.two_by_two import Claims, TwoByTwo
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -235,7 +235,7 @@ class SinkDecomposition(ShownInJupyter, table="means"):
 
     def summary(self) -> str:
         """What the numbers say, in words; a verdict only where the intervals carry it."""
-        from sinklens.decompose_words import summary
+        from sinklens.decompose.summary import summary
 
         return summary(self)
 
@@ -245,7 +245,7 @@ class SinkDecomposition(ShownInJupyter, table="means"):
         ``"components"``: layer x component map of what stands in the sink's own key; ``"plane"``: mass part against
         value part, a dot per head (or layer, where heads were not measured); ``"parts"``: both, of all heads at once.
         """
-        from sinklens import decompose_plots
+        from sinklens.decompose import figures as decompose_plots
 
         if what == "gap" and split in SPLITS:
             return decompose_plots.gap_bars(self, split, kind)

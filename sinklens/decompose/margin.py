@@ -199,7 +199,7 @@ class Split:
     """One sink in one layer, per head: means over its queries.
 
     Attributes:
-        means: by name, [head]; see :mod:`sinklens.decomposition`.
+        means: by name, [head]; see :mod:`sinklens.decompose.result`.
         margins: competitor-free margin per query: [head, query].
         gaps: the gap per query.
         queries: which queries.

@@ -31,8 +31,8 @@ from sinklens.bridge.adapters import (
 )
 from sinklens.bridge.capabilities import Capabilities, capabilities, has_hook
 from sinklens.core.errors import UnsupportedModelError
+from sinklens.decompose.margin import LayerScores, Scoring, Side
 from sinklens.residual.linear_maps import FrozenNorm, Rotation, frozen_norm, identity_norm, rotations
-from sinklens.score_terms import LayerScores, Scoring, Side
 
 POINTS = ("hook_in", "hook_q", "hook_k", "hook_v", "hook_q_normed", "hook_k_normed", "hook_cos", "hook_sin")
 SEEN_SCORES = ("hook_attn_scores", "hook_pattern")
