@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import sinklens as sl
 from sinklens.find.sinks import from_scores
 from sinklens.models.load import untrained_twin
-from sinklens.verdicts import quantity
+from sinklens.trace.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 PIECES = ("conditions", "twin", "swaps", "collapse", "lengths", "bound")

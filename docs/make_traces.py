@@ -26,7 +26,7 @@ import sinklens as sl
 from sinklens.core.storage import write_text
 from sinklens.find.sinks import from_scores
 from sinklens.residual.components import component_name
-from sinklens.verdicts import quantity
+from sinklens.trace.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 LENGTH, SHORTEST = 512, 64

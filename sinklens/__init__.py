@@ -63,22 +63,22 @@ if TYPE_CHECKING:
     from sinklens.mixing_result import Mixing, MixingComparison
     from sinklens.mixing_sweeps import mixing_by_length
     from sinklens.models.load import load_model
-    from sinklens.neurons import Neurons, writer_neurons
     from sinklens.pair_norms import jacobian_norms
     from sinklens.path_sum import PathSums, path_sums
     from sinklens.perturbation import perturbation_spread
     from sinklens.perturbation_result import Perturbation
-    from sinklens.planting import plant_sinks
     from sinklens.report.write import write_report
     from sinklens.reproductions import Reproductions, reproduce
-    from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
     from sinklens.self_test import SelfTest, check_model
     from sinklens.show.circuitsvis import TokenView
-    from sinklens.subspace import writer_subspace
-    from sinklens.trace import trace_sinks
-    from sinklens.trace_page import write_trace
-    from sinklens.trace_result import SinkTrace
-    from sinklens.verdicts import Verdict
+    from sinklens.trace.claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
+    from sinklens.trace.neurons import Neurons, writer_neurons
+    from sinklens.trace.page import write_trace
+    from sinklens.trace.planting import plant_sinks
+    from sinklens.trace.result import SinkTrace
+    from sinklens.trace.subspace import writer_subspace
+    from sinklens.trace.trace import trace_sinks
+    from sinklens.trace.verdicts import Verdict
 
 __version__ = "0.1.0"
 
@@ -101,7 +101,7 @@ _HOMES = {
     "MixingComparison": "mixing_result",
     "MixingConditions": "mixing_edits",
     "NamedTokens": "inputs.vocabulary",
-    "Neurons": "neurons",
+    "Neurons": "trace.neurons",
     "PathSums": "path_sum",
     "Perturbation": "perturbation_result",
     "PlainCapabilities": "bridge.unbridged",
@@ -113,7 +113,7 @@ _HOMES = {
     "SinkDecomposition": "decompose.result",
     "SinkMap": "find.sinkmap",
     "SinkScores": "find.scores",
-    "SinkTrace": "trace_result",
+    "SinkTrace": "trace.result",
     "SinklensError": "core.errors",
     "SinklensWarning": "core.errors",
     "Subject": "decompose.result",
@@ -123,7 +123,7 @@ _HOMES = {
     "Tokens": "inputs.load",
     "TwoByTwo": "decompose.two_by_two",
     "UnsupportedModelError": "core.errors",
-    "Verdict": "verdicts",
+    "Verdict": "trace.verdicts",
     "ablate_residual": "ablate.residual",
     "ablate_sinks": "ablate.ablate",
     "attention_grid": "heads.maps",
@@ -151,12 +151,12 @@ _HOMES = {
     "mixing_by_length": "mixing_sweeps",
     "mixing_conditions": "mixing_edits",
     "named_tokens": "inputs.vocabulary",
-    "norm_and_mass": "secondary_claims",
+    "norm_and_mass": "trace.claims",
     "patch_bos": "ablate.patch_bos",
     "path_sums": "path_sum",
     "perturbation_spread": "perturbation",
-    "plant_sinks": "planting",
-    "primary_weakening": "secondary_claims",
+    "plant_sinks": "trace.planting",
+    "primary_weakening": "trace.claims",
     "reading_heads": "heads.readers",
     "register_tokens": "find.registers",
     "reproduce": "reproductions",
@@ -164,12 +164,12 @@ _HOMES = {
     "run_experiment": "experiment.experiment",
     "sample_images": "inputs.sample_images",
     "sink_anatomy": "find.anatomy",
-    "sink_levels": "secondary_claims",
+    "sink_levels": "trace.claims",
     "sink_scores": "find.scores",
     "swap_attention": "ablate.swap",
     "sweep_ablation": "experiment.ablation_sweep",
     "token_loss": "forward.metrics",
-    "trace_sinks": "trace",
+    "trace_sinks": "trace.trace",
     "write_decomposition": "decompose.page",
     "write_experiment": "experiment.page",
     "write_images": "find.images_page",
@@ -177,10 +177,10 @@ _HOMES = {
     "write_report": "report.write",
     "write_scan": "find.scan_page",
     "write_sinks": "find.sinks_page",
-    "write_trace": "trace_page",
-    "writer_alignment": "secondary_claims",
-    "writer_neurons": "neurons",
-    "writer_subspace": "subspace",
+    "write_trace": "trace.page",
+    "writer_alignment": "trace.claims",
+    "writer_neurons": "trace.neurons",
+    "writer_subspace": "trace.subspace",
 }
 
 __all__ = [

@@ -15,9 +15,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.inputs.load import as_tokens
-from sinklens.neurons import Neurons
 from sinklens.residual.components import Component
-from sinklens.traced import Phase, Traced
+from sinklens.trace.neurons import Neurons
+from sinklens.trace.phases import Phase, Traced
 
 LENGTH, AT, WIDTH = 60, 5, 32
 ALIKE = list(range(12, 52, 2))  # 20 tokens of the sink's id, more than are compared

@@ -12,9 +12,9 @@ import torch
 from test_secondary_verdicts import sink, trace_of, traced
 
 import sinklens as sl
-from sinklens.circuit import layout
-from sinklens.neurons import Neurons
-from sinklens.traced import Phase
+from sinklens.trace.circuit import layout
+from sinklens.trace.neurons import Neurons
+from sinklens.trace.phases import Phase
 
 LAYERS, HEADS = 5, 4
 A, B, OTHER = 7, 8, 9

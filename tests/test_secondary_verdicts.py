@@ -13,11 +13,11 @@ import torch
 
 import sinklens as sl
 from sinklens.core.intervals import interval
-from sinklens.doses import dose_table
 from sinklens.find.sinkmap import Sink
 from sinklens.residual.components import Component
-from sinklens.traced import Phase, Traced
-from sinklens.verdicts import above, every, quantity
+from sinklens.trace.doses import dose_table
+from sinklens.trace.phases import Phase, Traced
+from sinklens.trace.verdicts import above, every, quantity
 
 LAYERS, DOCUMENTS = 12, 20
 COMPONENTS: tuple[Component, ...] = (("embed", -1), *((k, n) for n in range(LAYERS) for k in ("attn", "mlp")))

@@ -16,8 +16,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.core.intervals import interval
-from sinklens.subspace import _halves, _Inputs, _judged, _Mlp, _mlp_shares
-from sinklens.traced import Traced
+from sinklens.trace.phases import Traced
+from sinklens.trace.subspace import _halves, _Inputs, _judged, _Mlp, _mlp_shares
 
 DOCUMENTS = 34
 SIZES = (1, 2, 8)

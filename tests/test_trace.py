@@ -14,9 +14,9 @@ from architectures import build_pair, random_rows
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.neurons import _Layer
 from sinklens.residual.batched_edits import Row, run_rows
 from sinklens.residual.components import component_name
+from sinklens.trace.neurons import _Layer
 
 X, Y, ORDINARY = 3, 4, range(5, 12)
 SIZE, LAYERS, LENGTH = 16, 10, 100

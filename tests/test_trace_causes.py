@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
 from sinklens.residual.components import Component
-from sinklens.trace_causes import PART, _writing
+from sinklens.trace.replacement import PART, _writing
 
 HELPS_X, FADES_X, LATE = WRITES_X - 1, WRITES_X + 2, 82
 REPLACEMENTS = ("same_id", "zero", "mean", "project")

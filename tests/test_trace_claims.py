@@ -20,9 +20,9 @@ import sinklens as sl
 from sinklens.core.intervals import rank_correlation
 from sinklens.residual.batched_edits import Row, check_writing, run_rows
 from sinklens.residual.contributions import stream_parts
-from sinklens.secondary_claims import _clusters
-from sinklens.subspace import _carried, _Inputs, _judged, _Mlp
-from sinklens.verdicts import every, quantity
+from sinklens.trace.claims import _clusters
+from sinklens.trace.subspace import _carried, _Inputs, _judged, _Mlp
+from sinklens.trace.verdicts import every, quantity
 
 DOCUMENTS = 18
 

@@ -110,7 +110,7 @@ def preamble(name: str) -> str:
     return (
         "import sinklens as sl\n"
         "from sinklens.show.theme import layer_profile\n"
-        "from sinklens.trace_plots import share_bars\n"
+        "from sinklens.trace.figures import share_bars\n"
         "\n"
         f"model = sl.load_model({name!r})\n"
         'tokens = sl.Tokens.load("stages/tokens.safetensors")'

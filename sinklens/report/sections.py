@@ -10,9 +10,9 @@ from sinklens.mixing_page import CAPTIONS as MIXED
 from sinklens.report import story
 from sinklens.report.content import Plot, Section, Sheet
 from sinklens.report.stages import KINDS, STAGES, Material
-from sinklens.trace_page import CAPTION as TRACED
-from sinklens.trace_page import CIRCUIT, NEURONS
-from sinklens.trace_plots import share_bars
+from sinklens.trace.figures import share_bars
+from sinklens.trace.page import CAPTION as TRACED
+from sinklens.trace.page import CIRCUIT, NEURONS
 
 MOST_ROWS = 40  # of a table on the page; the files have all
 DRAWN_SEQUENCES = 6

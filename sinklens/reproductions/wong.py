@@ -12,8 +12,8 @@ from sinklens.core.intervals import MIN_DOCUMENTS
 from sinklens.find.sinks import find_sinks
 from sinklens.inputs.tokens import Tokens
 from sinklens.reproductions.claims import Above, Below, Claim, Entry, Equals, Quantity, Setting, any_decoder, measured
-from sinklens.secondary_claims import COVER, LEVELS, norm_and_mass, sink_levels, writer_alignment
-from sinklens.trace import trace_sinks
+from sinklens.trace.claims import COVER, LEVELS, norm_and_mass, sink_levels, writer_alignment
+from sinklens.trace.trace import trace_sinks
 
 PAPER = "Wong et al. 2025, On the Existence and Behaviour of Secondary Attention Sinks (2512.22213)"
 

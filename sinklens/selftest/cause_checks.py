@@ -15,19 +15,19 @@ from sinklens.core.errors import BadInputError
 from sinklens.decompose.decompose import decompose_sinks
 from sinklens.decompose.margin import BEYOND, SPLITS
 from sinklens.find.sinkmap import Sink
-from sinklens.gathered import Looked
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.neurons import writer_neurons
-from sinklens.planting import plant_sinks
 from sinklens.residual.components import Component, writing_hook
 from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import Layer, visible
-from sinklens.subspace import writer_subspace
-from sinklens.trace import trace_sinks
-from sinklens.trace_causes import Causes
-from sinklens.trace_result import SinkTrace
-from sinklens.traced import Phase, Traced
+from sinklens.trace.gathered import Looked
+from sinklens.trace.neurons import writer_neurons
+from sinklens.trace.phases import Phase, Traced
+from sinklens.trace.planting import plant_sinks
+from sinklens.trace.replacement import Causes
+from sinklens.trace.result import SinkTrace
+from sinklens.trace.subspace import writer_subspace
+from sinklens.trace.trace import trace_sinks
 
 MANY = tuple(range(2, 30, 3))  # sinks per sequence for the input subspace
 

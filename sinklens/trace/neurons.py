@@ -32,8 +32,8 @@ from sinklens.residual.contributions import flat, stream_hooks
 from sinklens.residual.linear_maps import FrozenNorm, frozen_norm, identity_norm
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.trace_result import SinkTrace
-from sinklens.traced import WRITER, Traced
+from sinklens.trace.phases import WRITER, Traced
+from sinklens.trace.result import SinkTrace
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -95,7 +95,7 @@ class Neurons(ShownInJupyter):
 
     def plot(self, number: int = 0) -> Figure:
         """The largest neurons of one (phase, writer), numbered as in ``writers``."""
-        from sinklens.trace_plots import neuron_bars
+        from sinklens.trace.figures import neuron_bars
 
         return neuron_bars(self, number)
 

@@ -26,14 +26,14 @@ from sinklens.core.validation import public
 from sinklens.find.lifetimes import activity
 from sinklens.find.sinkmap import Sink, SinkMap
 from sinklens.find.sinks import find_sinks
-from sinklens.gathered import Looked
 from sinklens.inputs.load import DEFAULT_SEQUENCES, as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import vocabulary
 from sinklens.show.progress import progress_bar
-from sinklens.trace_causes import Causes
-from sinklens.trace_result import SinkTrace
-from sinklens.traced import Phase, Traced
+from sinklens.trace.gathered import Looked
+from sinklens.trace.phases import Phase, Traced
+from sinklens.trace.replacement import Causes
+from sinklens.trace.result import SinkTrace
 
 REPLACEMENTS = ("same_id", "zero", "mean", "project")
 

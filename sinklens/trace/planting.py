@@ -15,8 +15,8 @@ from sinklens.residual.batched_edits import Row, check_writing, run_rows
 from sinklens.residual.components import component_name
 from sinklens.residual.contributions import stream_parts
 from sinklens.show.progress import progress_bar
-from sinklens.trace_result import SinkTrace
-from sinklens.traced import WRITER
+from sinklens.trace.phases import WRITER
+from sinklens.trace.result import SinkTrace
 
 PLANTED = ("writer", "random", "flipped")
 

@@ -17,12 +17,12 @@ import pandas as pd
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import rank_correlation
 from sinklens.core.validation import public
-from sinklens.doses import dose_table, of_kind, sink_label
 from sinklens.find.sinkmap import Sink, SinkMap
 from sinklens.residual.components import component_name
-from sinklens.trace_result import SinkTrace
-from sinklens.traced import Traced
-from sinklens.verdicts import Verdict, above, every, quantity
+from sinklens.trace.doses import dose_table, of_kind, sink_label
+from sinklens.trace.phases import Traced
+from sinklens.trace.result import SinkTrace
+from sinklens.trace.verdicts import Verdict, above, every, quantity
 
 ALIGNED = 0.5  # smallest mean cosine that is called aligned
 SAME = 0.1  # nats within which the competitor-free margin is called unchanged

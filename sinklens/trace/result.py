@@ -21,14 +21,14 @@ from sinklens.find.sinkmap import Sink
 from sinklens.inputs.tokens import Tokens
 from sinklens.residual.components import Component, component_name
 from sinklens.show.notebook import ShownInJupyter
-from sinklens.traced import Phase, Traced
+from sinklens.trace.phases import Phase, Traced
 
 if TYPE_CHECKING:
     import networkx as nx
     from plotly.graph_objects import Figure
 
     from sinklens.find.scores import SinkScores
-    from sinklens.neurons import Neurons
+    from sinklens.trace.neurons import Neurons
 
 FALL = 1.0  # nats that the competitor-free margin falls when a writer's output is replaced
 CONTROL = 0.1  # nats that no control may move it
@@ -234,7 +234,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
 
     def plot(self, sink: int | None = None) -> Figure:
         """Contributions of every component over depth with their running sum: the first sink, or the one numbered."""
-        from sinklens.trace_plots import contribution_bars
+        from sinklens.trace.figures import contribution_bars
 
         return contribution_bars(self, sink)
 
@@ -276,13 +276,13 @@ class SinkTrace(ShownInJupyter, table="writers"):
             (writes, erases, is part of, feeds, is read by) and ``weight``: share of ``<x_ref, u>``, share of the
             writer's contribution, difference of the pre-activation to tokens that are no sink, far importance.
         """
-        from sinklens.circuit import circuit
+        from sinklens.trace.circuit import circuit
 
         return circuit(self, sink, neurons, scores)
 
     def plot_doses(self, kind: str | None = None) -> Figure:
         """Attention, life and competitor-free margin against the dose of the main writer's output (``doses=``)."""
-        from sinklens.trace_plots import dose_curves
+        from sinklens.trace.figures import dose_curves
 
         return dose_curves(self, kind)
 
@@ -290,7 +290,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
         self, sink: int | None = None, *, neurons: Neurons | None = None, scores: SinkScores | None = None
     ) -> Figure:
         """The graph of :meth:`circuit`, drawn."""
-        from sinklens.trace_plots import circuit_figure
+        from sinklens.trace.figures import circuit_figure
 
         return circuit_figure(self.circuit(sink, neurons=neurons, scores=scores))
 

@@ -26,9 +26,9 @@ from sinklens.core.validation import public
 from sinklens.residual.components import component_name, writing_hook
 from sinklens.residual.contributions import flat
 from sinklens.show.progress import progress_bar
-from sinklens.trace_result import SinkTrace
-from sinklens.traced import Traced
-from sinklens.verdicts import Verdict, above, every, quantity
+from sinklens.trace.phases import Traced
+from sinklens.trace.result import SinkTrace
+from sinklens.trace.verdicts import Verdict, above, every, quantity
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 PUBLISHED = 6  # principal components that DeepSeek-R1-Distill-Qwen-14B maps onto its direction

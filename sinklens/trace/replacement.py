@@ -15,10 +15,10 @@ from sinklens.bridge.requirements import refuse_unless_softmax
 from sinklens.find.lifetimes import activity
 from sinklens.residual.batched_edits import Row, check_writing, run_rows
 from sinklens.residual.components import Component
-from sinklens.traced import WRITER, Traced
+from sinklens.trace.phases import WRITER, Traced
 
 if TYPE_CHECKING:
-    from sinklens.gathered import Looked
+    from sinklens.trace.gathered import Looked
 
 PART = 0.05  # of what is written: components that are replaced together to unmake a sink
 AFTER = 3  # layers behind a phase in which an eraser's replacement is judged

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sinklens.residual.components import component_name
-from sinklens.traced import Traced
+from sinklens.trace.phases import Traced
 
 if TYPE_CHECKING:
-    from sinklens.trace_result import SinkTrace
+    from sinklens.trace.result import SinkTrace
 
 
 def dose_table(trace: SinkTrace, kind: str | None = None) -> list[dict[str, Any]]:

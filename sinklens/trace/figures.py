@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sinklens.circuit import layout
 from sinklens.core.errors import BadInputError
-from sinklens.doses import dose_table
 from sinklens.residual.components import component_name
 from sinklens.show.theme import ACCENT, INK, MUTED, escape_hover, themed
+from sinklens.trace.circuit import layout
+from sinklens.trace.doses import dose_table
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from sinklens.neurons import Neurons
-    from sinklens.trace_result import SinkTrace
+    from sinklens.trace.neurons import Neurons
+    from sinklens.trace.result import SinkTrace
 
 BLUE = "#0072b2"
 BESIDE: dict[str, dict[str, Any]] = {  # where a label stands by its node, clear of the marker

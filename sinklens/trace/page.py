@@ -15,16 +15,16 @@ import pandas as pd
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.secondary_claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
 from sinklens.show.page import html_table, manifest, render
-from sinklens.trace_result import SinkTrace
-from sinklens.verdicts import Verdict
+from sinklens.trace.claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
+from sinklens.trace.result import SinkTrace
+from sinklens.trace.verdicts import Verdict
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from sinklens.find.scores import SinkScores
-    from sinklens.neurons import Neurons
+    from sinklens.trace.neurons import Neurons
 
 MOST_FIGURES = 6
 CAPTION = (

@@ -11,9 +11,9 @@ from sinklens.residual.components import Component, component_name
 
 if TYPE_CHECKING:
     from sinklens.find.scores import SinkScores
-    from sinklens.neurons import Neurons
-    from sinklens.trace_result import SinkTrace
-    from sinklens.traced import Traced
+    from sinklens.trace.neurons import Neurons
+    from sinklens.trace.phases import Traced
+    from sinklens.trace.result import SinkTrace
 
 
 def circuit(
