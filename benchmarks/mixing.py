@@ -27,7 +27,7 @@ def measure(contender: str, name: str, length: int) -> dict[str, float]:
     import torch
 
     import sinklens as sl
-    from sinklens.jacobians import CHUNK, Stream
+    from sinklens.mixing.jacobians import CHUNK, Stream
 
     torch.set_num_threads(1)
     model = sl.load_model(name)

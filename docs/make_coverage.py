@@ -17,7 +17,7 @@ from test_interval_coverage import DISTRIBUTIONS  # noqa: E402
 
 import sinklens  # noqa: E402
 from sinklens.core.intervals import interval, rank_correlation  # noqa: E402
-from sinklens.jacobians import chi_square_interval  # noqa: E402
+from sinklens.mixing.jacobians import chi_square_interval  # noqa: E402
 
 RUNS, RESAMPLES, SIZES = 2000, 999, (16, 24, 50)
 PROBES, NORMS, RANK_RUNS = 16, 20_000, 200

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sinklens.attention.flash import flash
     from sinklens.bridge.capabilities import Capabilities, capabilities
     from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
-    from sinklens.collapse import Collapse, measure_collapse
     from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.decompose.decompose import decompose_sinks
     from sinklens.decompose.page import write_decomposition
@@ -57,16 +56,17 @@ if TYPE_CHECKING:
     from sinklens.inputs.sample_images import sample_images
     from sinklens.inputs.tokens import Tokens
     from sinklens.inputs.vocabulary import NamedTokens, named_tokens
-    from sinklens.mixing import compare_mixing, measure_mixing
-    from sinklens.mixing_edits import MixingConditions, mixing_conditions
-    from sinklens.mixing_page import write_mixing
-    from sinklens.mixing_result import Mixing, MixingComparison
-    from sinklens.mixing_sweeps import mixing_by_length
+    from sinklens.mixing.by_length import mixing_by_length
+    from sinklens.mixing.collapse import Collapse, measure_collapse
+    from sinklens.mixing.conditions import MixingConditions, mixing_conditions
+    from sinklens.mixing.mixing import compare_mixing, measure_mixing
+    from sinklens.mixing.page import write_mixing
+    from sinklens.mixing.pair_norms import jacobian_norms
+    from sinklens.mixing.path_sum import PathSums, path_sums
+    from sinklens.mixing.perturbation import perturbation_spread
+    from sinklens.mixing.perturbation_result import Perturbation
+    from sinklens.mixing.result import Mixing, MixingComparison
     from sinklens.models.load import load_model
-    from sinklens.pair_norms import jacobian_norms
-    from sinklens.path_sum import PathSums, path_sums
-    from sinklens.perturbation import perturbation_spread
-    from sinklens.perturbation_result import Perturbation
     from sinklens.report.write import write_report
     from sinklens.reproductions import Reproductions, reproduce
     from sinklens.self_test import SelfTest, check_model
@@ -90,20 +90,20 @@ _HOMES = {
     "BosVariants": "experiment.bos_variants",
     "Capabilities": "bridge.capabilities",
     "Claims": "decompose.two_by_two",
-    "Collapse": "collapse",
+    "Collapse": "mixing.collapse",
     "Experiment": "experiment.result",
     "Flash": "attention.backend",
     "HeadActivity": "heads.activity",
     "Hooks": "ablate.hooks",
     "Images": "inputs.images",
     "MatchedDamage": "experiment.matched_damage",
-    "Mixing": "mixing_result",
-    "MixingComparison": "mixing_result",
-    "MixingConditions": "mixing_edits",
+    "Mixing": "mixing.result",
+    "MixingComparison": "mixing.result",
+    "MixingConditions": "mixing.conditions",
     "NamedTokens": "inputs.vocabulary",
     "Neurons": "trace.neurons",
-    "PathSums": "path_sum",
-    "Perturbation": "perturbation_result",
+    "PathSums": "mixing.path_sum",
+    "Perturbation": "mixing.perturbation_result",
     "PlainCapabilities": "bridge.unbridged",
     "PlainModel": "bridge.unbridged",
     "Registers": "find.registers",
@@ -135,26 +135,26 @@ _HOMES = {
     "check_model": "self_test",
     "compare_contexts": "find.contexts",
     "compare_methods": "find.sinks",
-    "compare_mixing": "mixing",
+    "compare_mixing": "mixing.mixing",
     "decompose_sinks": "decompose.decompose",
     "find_sinks": "find.sinks",
     "flash": "attention.flash",
     "head_activity": "heads.activity",
     "image_map": "find.image_figures",
-    "jacobian_norms": "pair_norms",
+    "jacobian_norms": "mixing.pair_norms",
     "load_images": "inputs.images",
     "load_model": "models.load",
     "load_tokens": "inputs.load",
     "matched_damage": "experiment.matched_damage",
-    "measure_collapse": "collapse",
-    "measure_mixing": "mixing",
-    "mixing_by_length": "mixing_sweeps",
-    "mixing_conditions": "mixing_edits",
+    "measure_collapse": "mixing.collapse",
+    "measure_mixing": "mixing.mixing",
+    "mixing_by_length": "mixing.by_length",
+    "mixing_conditions": "mixing.conditions",
     "named_tokens": "inputs.vocabulary",
     "norm_and_mass": "trace.claims",
     "patch_bos": "ablate.patch_bos",
-    "path_sums": "path_sum",
-    "perturbation_spread": "perturbation",
+    "path_sums": "mixing.path_sum",
+    "perturbation_spread": "mixing.perturbation",
     "plant_sinks": "trace.planting",
     "primary_weakening": "trace.claims",
     "reading_heads": "heads.readers",
@@ -173,7 +173,7 @@ _HOMES = {
     "write_decomposition": "decompose.page",
     "write_experiment": "experiment.page",
     "write_images": "find.images_page",
-    "write_mixing": "mixing_page",
+    "write_mixing": "mixing.page",
     "write_report": "report.write",
     "write_scan": "find.scan_page",
     "write_sinks": "find.sinks_page",

@@ -12,8 +12,8 @@ from architectures import build_pair, random_rows
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.collapse import MEASURES, ROWS, Collapse, collapse_measures, measure_collapse
 from sinklens.inputs.load import as_tokens
+from sinklens.mixing.collapse import MEASURES, ROWS, Collapse, collapse_measures, measure_collapse
 
 SINKS = (0, 2)
 

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import binom, t
 
 from sinklens.core.intervals import interval
-from sinklens.jacobians import chi_square_interval
+from sinklens.mixing.jacobians import chi_square_interval
 
 RUNS = 600
 RESAMPLES = 399

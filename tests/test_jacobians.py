@@ -12,7 +12,7 @@ from architectures import build, build_pair, random_rows
 import sinklens as sl
 from sinklens.bridge.adapters import original
 from sinklens.bridge.torch_globals import PlainAttention
-from sinklens.jacobians import (
+from sinklens.mixing.jacobians import (
     Stream,
     chi_square_interval,
     exact_block,

@@ -8,7 +8,7 @@ from architectures import build_pair, random_rows
 
 import sinklens as sl
 from sinklens.experiment.matched_damage import damage
-from sinklens.jacobians import Stream, exact_block
+from sinklens.mixing.jacobians import Stream, exact_block
 
 
 def loss(model: object, ids: torch.Tensor, hooks: object) -> float:

@@ -11,8 +11,8 @@ import torch
 from architectures import build_pair, random_rows
 
 import sinklens as sl
-from sinklens.jacobians import Stream, fitting_chunk, needed_memory
-from sinklens.mixing import _drawn, indices
+from sinklens.mixing.jacobians import Stream, fitting_chunk, needed_memory
+from sinklens.mixing.mixing import _drawn, indices
 
 LENGTH = 7
 
@@ -219,11 +219,11 @@ def test_bad_requests_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, match in wrong:
         with pytest.raises(sl.BadInputError, match=match):
             sl.measure_mixing(model, ids, progress=False, **options)
-    monkeypatch.setattr("sinklens.jacobians._free_memory", lambda device: 1000)
+    monkeypatch.setattr("sinklens.mixing.jacobians._free_memory", lambda device: 1000)
     with pytest.raises(sl.BadInputError, match=r"need about .* GB, and .* GB are free: take shorter"):
         sl.measure_mixing(model, ids, progress=False)
     stream = Stream(model, ids)
-    monkeypatch.setattr("sinklens.jacobians._free_memory", lambda device: 5 * needed_memory(stream, 1))
+    monkeypatch.setattr("sinklens.mixing.jacobians._free_memory", lambda device: 5 * needed_memory(stream, 1))
     assert fitting_chunk(stream) == 2
     with pytest.raises(sl.BadInputError, match="smaller chunk"):
         sl.measure_mixing(model, ids, chunk=8, progress=False)

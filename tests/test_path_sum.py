@@ -10,8 +10,8 @@ import torch
 from architectures import build_pair, random_rows
 
 import sinklens as sl
-from sinklens.jacobians import Stream
-from sinklens.path_sum import _Branch, path_sum_bound, spectral_norms
+from sinklens.mixing.jacobians import Stream
+from sinklens.mixing.path_sum import _Branch, path_sum_bound, spectral_norms
 
 LENGTH = 7
 

@@ -16,9 +16,9 @@ from planted import D_MODEL, X, Y, planted_model, row
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.collapse import MEASURES, ROWS
 from sinklens.find.residual_detectors import wong_sequences
 from sinklens.inputs.load import as_tokens
+from sinklens.mixing.collapse import MEASURES, ROWS
 
 DECODERS = ("gpt2", "llama", "qwen2", "neox")
 EVERYWHERE = (*DECODERS, "bert", "gemma2")

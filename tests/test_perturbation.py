@@ -16,8 +16,8 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.inputs.load import as_tokens
-from sinklens.perturbation import perturbation_spread, swap_changes
-from sinklens.perturbation_result import Perturbation, Swap
+from sinklens.mixing.perturbation import perturbation_spread, swap_changes
+from sinklens.mixing.perturbation_result import Perturbation, Swap
 
 LENGTH = 9
 SINKS = (0, 3)
@@ -215,7 +215,7 @@ def test_tables_figures_and_files(tmp_path: Path) -> None:
 def test_a_host_that_embeds_ids_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((LENGTH,)))
-    monkeypatch.setattr("sinklens.perturbation.EMBED", "embed.hook_out")  # not where ids are exchanged
+    monkeypatch.setattr("sinklens.mixing.perturbation.EMBED", "embed.hook_out")  # not where ids are exchanged
     with pytest.raises(sl.UnsupportedModelError, match="not exchanged everywhere"):
         perturbation_spread(model, ids, n_swaps=1, progress=False)
 

@@ -11,8 +11,8 @@ from test_cli import run
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
-from sinklens.jacobians import Stream, spectral_norm
-from sinklens.path_sum import path_sum_bound
+from sinklens.mixing.jacobians import Stream, spectral_norm
+from sinklens.mixing.path_sum import path_sum_bound
 
 pytestmark = pytest.mark.real
 

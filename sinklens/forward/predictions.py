@@ -7,7 +7,7 @@ pseudo-loss (Salazar et al. 2020, 1910.14659, section 2) hides it first::
 
 Edits recognise sequences, and predicates choose tokens, by the ids of the forward. So a masked row starts with the text
 as it is and [MASK] is put in between the edit's own hooks and the embedding: the edit acts at the same positions, in
-the same layers and with the same means as on the text (as :mod:`sinklens.perturbation` exchanges tokens).
+the same layers and with the same means as on the text (as :mod:`sinklens.mixing.perturbation` exchanges tokens).
 """
 
 from __future__ import annotations

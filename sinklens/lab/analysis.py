@@ -17,7 +17,7 @@ from sinklens.find.anatomy import sink_anatomy
 from sinklens.find.sinks import find_sinks
 from sinklens.forward.metrics import token_loss
 from sinklens.lab.tasks import Batch
-from sinklens.mixing import compare_mixing
+from sinklens.mixing.mixing import compare_mixing
 from sinklens.trace.trace import trace_sinks
 
 SEQUENCES = 16

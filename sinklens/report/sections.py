@@ -6,7 +6,7 @@ import pandas as pd
 
 from sinklens.decompose.page import CAPTIONS as DECOMPOSED
 from sinklens.find.score_figures import layer_profile
-from sinklens.mixing_page import CAPTIONS as MIXED
+from sinklens.mixing.page import CAPTIONS as MIXED
 from sinklens.report import story
 from sinklens.report.content import Plot, Section, Sheet
 from sinklens.report.stages import KINDS, STAGES, Material

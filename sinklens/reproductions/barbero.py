@@ -13,8 +13,8 @@ from sinklens.experiment.bos_variants import bos_variants
 from sinklens.find.scores import sink_scores
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.vocabulary import vocabulary
-from sinklens.perturbation import perturbation_spread
-from sinklens.perturbation_result import Perturbation
+from sinklens.mixing.perturbation import perturbation_spread
+from sinklens.mixing.perturbation_result import Perturbation
 from sinklens.reproductions.claims import (
     Above,
     Below,

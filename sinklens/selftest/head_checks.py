@@ -12,7 +12,7 @@ from sinklens.bridge.adapters import output_weights
 from sinklens.forward.metrics import token_loss
 from sinklens.heads.activity import head_activity
 from sinklens.heads.maps import attention_view
-from sinklens.mixing_edits import mixing_conditions
+from sinklens.mixing.conditions import mixing_conditions
 from sinklens.selftest.naive_edit import naive_edit
 from sinklens.selftest.subject import SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import Layer, plain, visible

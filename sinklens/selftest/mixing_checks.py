@@ -11,14 +11,14 @@ from torch import Tensor
 
 from sinklens.ablate.ablate import ablate_sinks
 from sinklens.bridge.adapters import attention_hook, block_input, block_output
-from sinklens.collapse import measure_collapse
 from sinklens.core.errors import SinklensWarning
-from sinklens.mixing import compare_mixing, measure_mixing
-from sinklens.mixing_result import Mixing
-from sinklens.mixing_sweeps import mixing_by_length
-from sinklens.pair_norms import jacobian_norms
-from sinklens.path_sum import path_sums
-from sinklens.perturbation import perturbation_spread
+from sinklens.mixing.by_length import mixing_by_length
+from sinklens.mixing.collapse import measure_collapse
+from sinklens.mixing.mixing import compare_mixing, measure_mixing
+from sinklens.mixing.pair_norms import jacobian_norms
+from sinklens.mixing.path_sum import path_sums
+from sinklens.mixing.perturbation import perturbation_spread
+from sinklens.mixing.result import Mixing
 from sinklens.selftest.naive_edit import naive_edit
 from sinklens.selftest.subject import SHORT, SINKS, Parts, Subject, gap
 from sinklens.selftest.written_out import write_out

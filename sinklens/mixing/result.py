@@ -19,7 +19,7 @@ from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
 from sinklens.inputs.tokens import Tokens
-from sinklens.jacobians import squares_interval
+from sinklens.mixing.jacobians import squares_interval
 from sinklens.show.notebook import ShownInJupyter
 
 if TYPE_CHECKING:
@@ -145,13 +145,13 @@ class Mixing(ShownInJupyter, table="_last_layer"):
 
     def plot(self) -> Figure:
         """The three indices against depth, with intervals where there are any."""
-        from sinklens.mixing_plots import index_curves
+        from sinklens.mixing.figures import index_curves
 
         return index_curves({"": self})
 
     def plot_map(self, sequence: int = 0, layer: int = -1) -> Figure:
         """``|J_ij|_F`` of every measured row and column at one layer, on a log scale."""
-        from sinklens.mixing_plots import sensitivity_map
+        from sinklens.mixing.figures import sensitivity_map
 
         return sensitivity_map(self, self._known(sequence), self._layer(layer))
 
@@ -245,7 +245,7 @@ class MixingComparison(ShownInJupyter, table="_last_layer"):
 
     def plot(self) -> Figure:
         """The three indices against depth, a line per condition, with intervals where there are any."""
-        from sinklens.mixing_plots import index_curves
+        from sinklens.mixing.figures import index_curves
 
         return index_curves(self.conditions)
 

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from sinklens.show.theme import MUTED, SCALE, curve, escape_hover, themed
 
 if TYPE_CHECKING:
-    from sinklens.mixing_result import Mixing
+    from sinklens.mixing.result import Mixing
 
 NAMES = {
     "mix": "mix: other tokens",

@@ -12,15 +12,15 @@ import pandas as pd
 
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.mixing_result import MixingComparison
+from sinklens.mixing.result import MixingComparison
 from sinklens.show.page import html_table, manifest, render
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from sinklens.collapse import Collapse
-    from sinklens.path_sum import PathSums
-    from sinklens.perturbation_result import Perturbation
+    from sinklens.mixing.collapse import Collapse
+    from sinklens.mixing.path_sum import PathSums
+    from sinklens.mixing.perturbation_result import Perturbation
 
 CAPTIONS = {
     "indices": "One line per condition, the same probes and the same S in all. Left: how much of what a token's "

@@ -45,8 +45,8 @@ from sinklens.core.validation import public, public_methods
 from sinklens.forward.follow import numbered
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.jacobians import CHUNK, Stream, derivatives_named, exact_block
-from sinklens.mixing_setup import Sinks, sinks_of
+from sinklens.mixing.jacobians import CHUNK, Stream, derivatives_named, exact_block
+from sinklens.mixing.setup import Sinks, sinks_of
 from sinklens.residual.contributions import flat
 from sinklens.residual.linear_maps import FrozenNorm, frozen_norm, identity_norm
 from sinklens.show.notebook import ShownInJupyter
@@ -98,7 +98,7 @@ class PathSums(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Measured spectral norm against the bound, coloured by layer; everything must lie below the line."""
-        from sinklens.mixing_plots import bound_scatter
+        from sinklens.mixing.figures import bound_scatter
 
         return bound_scatter(self.table)
 

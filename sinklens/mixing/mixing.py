@@ -29,9 +29,16 @@ from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedMode
 from sinklens.core.validation import public
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.jacobians import PROBES, Stream, exact_columns, fitting_chunk, probed_squares, probed_squares_reverse
-from sinklens.mixing_result import INDICES, Mixing, MixingComparison
-from sinklens.mixing_setup import BASE, Conditions, Sinks, conditions_of, sinks_of
+from sinklens.mixing.jacobians import (
+    PROBES,
+    Stream,
+    exact_columns,
+    fitting_chunk,
+    probed_squares,
+    probed_squares_reverse,
+)
+from sinklens.mixing.result import INDICES, Mixing, MixingComparison
+from sinklens.mixing.setup import BASE, Conditions, Sinks, conditions_of, sinks_of
 from sinklens.models.load import untrained_twin
 from sinklens.show.progress import progress_bar
 

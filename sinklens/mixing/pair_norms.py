@@ -13,7 +13,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.jacobians import Stream, exact_columns, fitting_chunk, spectral_norm
+from sinklens.mixing.jacobians import Stream, exact_columns, fitting_chunk, spectral_norm
 from sinklens.show.progress import progress_bar
 
 STEPS = 200

@@ -1,0 +1,1 @@
+"""Over-mixing, by Jacobians: indices, conditions, lengths, path sums, perturbations, collapse."""
