@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.decompose.result import NUMBERS
-from sinklens.streaming_losses import streaming_loss
+from sinklens.streaming.loss import streaming_loss
 
 MASK = 7
 EDITS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,6 @@ from architectures import build_pair, random_rows
 from test_ablate import batch_of, planted_map
 
 import sinklens as sl
-from sinklens import streaming_losses
 from sinklens.streaming import (
     EvictionStudy,
     StreamingLoss,
@@ -22,6 +21,7 @@ from sinklens.streaming import (
     streaming_loss,
     write_streaming,
 )
+from sinklens.streaming import loss as streaming_losses
 
 PLACES = {(0, 0): ("primary", range(2)), (0, 30): ("secondary", range(1)), (1, 7): ("primary", range(2))}
 

@@ -15,8 +15,8 @@ from test_flash import settings
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.rotary import turns
 from sinklens.streaming import StreamingCache, streaming_attention
+from sinklens.streaming.rotary import turns
 
 REACHED = ("llama", "qwen2", "neox", "gemma3", "gemma2", "mistral", "gpt-oss", "qwen3", "olmo2", "phi3", "deepseek-v3")
 LOOPED = ("llama", "neox", "gemma3", "gpt-oss", "gemma2")

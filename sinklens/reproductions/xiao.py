@@ -13,7 +13,7 @@ from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import vocabulary
 from sinklens.reproductions.claims import Above, Claim, Entry, Quantity, Setting, exactly, measured, missing
 from sinklens.reproductions.originals import Subject
-from sinklens.streaming_losses import streaming_loss
+from sinklens.streaming.loss import streaming_loss
 
 PAPER = "Xiao et al. 2024, Efficient Streaming Language Models with Attention Sinks (2309.17453)"
 SENTENCE = "StreamingLLM can work on infinite-length texts without compromising efficiency and performance."

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sinklens.core.storage import atomic_path, write_text
 from sinklens.core.validation import public
-from sinklens.eviction import EvictionStudy
 from sinklens.show.page import html_table, manifest, render
+from sinklens.streaming.eviction import EvictionStudy
 
 CAPTIONS = {
     "bars": "Perplexity by what is never evicted, beside the recent tokens; dashed: the model that evicts nothing.",

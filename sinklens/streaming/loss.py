@@ -26,9 +26,9 @@ from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.predictions import UNEMBED, predictions, scored_logits
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.rolling import Kept, streaming_attention
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
+from sinklens.streaming.attention import Kept, streaming_attention
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -101,7 +101,7 @@ class StreamingLoss(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Loss against position, in bins, with the cache's size as a line."""
-        from sinklens.streaming_plots import loss_by_position
+        from sinklens.streaming.figures import loss_by_position
 
         label = "full attention" if self.recent is None else "rolling cache"
         return loss_by_position({label: self.to_dataframe("position")}, self.recent)

@@ -2,7 +2,7 @@
 
 The cache holds the kept tokens (the sinks) and the ``recent`` latest ones; everything else is evicted for good. Keys
 are stored as the host rotated them, at their positions in the text. What the host attends to are the recent keys as
-they are, and the kept keys moved to right before the window, by the host's own rotation (:mod:`sinklens.rotary`). Only
+they are, and the kept keys moved to right before the window, by the host's own rotation (:mod:`sinklens.streaming.rotary`). Only
 distances count, so this is the same as counting positions in the cache, and no rounding error adds up.
 """
 
@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.inputs.tokens import check_positions
-from sinklens.rolling import check_recent
-from sinklens.rotary import Turn, turns
+from sinklens.streaming.attention import check_recent
+from sinklens.streaming.rotary import Turn, turns
 
 
 class StreamingCache(Cache):

@@ -11,11 +11,11 @@
 
 from __future__ import annotations
 
-from sinklens.eviction import EvictionStudy, eviction_study
-from sinklens.rolling import streaming_attention
-from sinklens.streaming_cache import StreamingCache
-from sinklens.streaming_losses import StreamingLoss, streaming_loss
-from sinklens.streaming_page import write_streaming
+from sinklens.streaming.attention import streaming_attention
+from sinklens.streaming.cache import StreamingCache
+from sinklens.streaming.eviction import EvictionStudy, eviction_study
+from sinklens.streaming.loss import StreamingLoss, streaming_loss
+from sinklens.streaming.page import write_streaming
 
 __all__ = [
     "EvictionStudy",

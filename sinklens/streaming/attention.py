@@ -2,9 +2,9 @@
 
 Inside the context every token is computed as if a cache of the kept tokens (the sinks) and the ``recent`` latest ones
 had rolled along the text, positions counted in the cache (docs/definitions.md, section 9). The flash backend carries
-it: the host's own attention modules call :func:`sinklens.banded.banded` in the place of attention.
+it: the host's own attention modules call :func:`sinklens.streaming.banded.banded` in the place of attention.
 
-Before the first use of a model the host is asked twice: :mod:`sinklens.rotary` reads its rotation off it, and with
+Before the first use of a model the host is asked twice: :mod:`sinklens.streaming.rotary` reads its rotation off it, and with
 nothing evicted, once because the window is long and once because every token is kept, every block must give the
 host's own output.
 """
@@ -24,7 +24,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.attention.backend import Flash, plain, switched
 from sinklens.attention.kernels import View
 from sinklens.attention.run import run_blocks
-from sinklens.banded import ABSENT, banded
 from sinklens.bridge.adapters import block_output
 from sinklens.bridge.capabilities import LONGEST_WINDOW_PROBE, PROBE_LENGTH, capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
@@ -32,7 +31,8 @@ from sinklens.core.validation import public
 from sinklens.find.sinkmap import SinkMap
 from sinklens.forward.follow import Forward
 from sinklens.inputs.tokens import check_positions
-from sinklens.rotary import turns
+from sinklens.streaming.banded import ABSENT, banded
+from sinklens.streaming.rotary import turns
 
 Kept = int | Sequence[int] | Sequence[Sequence[int]] | SinkMap
 

@@ -25,10 +25,10 @@ from sinklens.find.sinkmap import SinkMap
 from sinklens.find.sinks import find_sinks
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.rolling import check_recent
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
-from sinklens.streaming_losses import bin_rows, sequence_losses
+from sinklens.streaming.attention import check_recent
+from sinklens.streaming.loss import bin_rows, sequence_losses
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -100,13 +100,13 @@ class EvictionStudy(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Perplexity of every condition, one colour per window, full attention as a line."""
-        from sinklens.streaming_plots import study_bars
+        from sinklens.streaming.figures import study_bars
 
         return study_bars(self.to_dataframe())
 
     def plot_positions(self, recent: int | None = None) -> Figure:
         """Loss against position for one window (default: the smallest)."""
-        from sinklens.streaming_plots import loss_by_position
+        from sinklens.streaming.figures import loss_by_position
 
         sizes = sorted({c.recent for c in self.caches if c.recent is not None})
         size = sizes[0] if recent is None else recent
