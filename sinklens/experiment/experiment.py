@@ -59,8 +59,8 @@ def run_experiment(
         tokens: the sequences; intervals need 16 documents.
         interventions: by label: what a hook builder returns, a plain list of TransformerLens hooks, or a function from
             the discovery half's Tokens to hooks (with ``split``).
-        controls: names from ``random``, ``recent``, ``same_id``, ``matched`` (see :mod:`sinklens.experiment.controls`), made
-            for every intervention that has positions; or your own: ``{label: {name: hooks}}``; or ``()``.
+        controls: names from ``random``, ``recent``, ``same_id``, ``matched`` (see :mod:`sinklens.experiment.controls`),
+            made for every intervention that has positions; or your own: ``{label: {name: hooks}}``; or ``()``.
         metrics: ``loss`` (nats), ``kl`` (KL(base || edited), nats), ``top1`` (agreement of the likeliest token with
             base), or functions ``f(logits, base_logits, targets) -> value per token``.
         sinks: the sinks of these tokens, unfiltered, if at hand; default: :func:`sinklens.find_sinks` (not with split).

@@ -4,8 +4,8 @@ Inside the context every token is computed as if a cache of the kept tokens (the
 had rolled along the text, positions counted in the cache (docs/definitions.md, section 9). The flash backend carries
 it: the host's own attention modules call :func:`sinklens.streaming.banded.banded` in the place of attention.
 
-Before the first use of a model the host is asked twice: :mod:`sinklens.streaming.rotary` reads its rotation off it, and with
-nothing evicted, once because the window is long and once because every token is kept, every block must give the
+Before the first use of a model the host is asked twice: :mod:`sinklens.streaming.rotary` reads its rotation off it, and
+with nothing evicted, once because the window is long and once because every token is kept, every block must give the
 host's own output.
 """
 

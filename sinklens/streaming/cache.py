@@ -2,8 +2,9 @@
 
 The cache holds the kept tokens (the sinks) and the ``recent`` latest ones; everything else is evicted for good. Keys
 are stored as the host rotated them, at their positions in the text. What the host attends to are the recent keys as
-they are, and the kept keys moved to right before the window, by the host's own rotation (:mod:`sinklens.streaming.rotary`). Only
-distances count, so this is the same as counting positions in the cache, and no rounding error adds up.
+they are, and the kept keys moved to right before the window, by the host's own rotation
+(:mod:`sinklens.streaming.rotary`). Only distances count, so this is the same as counting positions in the cache, and no
+rounding error adds up.
 """
 
 from __future__ import annotations
