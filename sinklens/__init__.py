@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sinklens.attention.flash import flash
     from sinklens.bridge.capabilities import Capabilities, capabilities
     from sinklens.bridge.unbridged import PlainCapabilities, PlainModel
+    from sinklens.check.check import SelfTest, check_model
     from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
     from sinklens.decompose.decompose import decompose_sinks
     from sinklens.decompose.page import write_decomposition
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
     from sinklens.models.load import load_model
     from sinklens.report.write import write_report
     from sinklens.reproductions import Reproductions, reproduce
-    from sinklens.self_test import SelfTest, check_model
     from sinklens.show.circuitsvis import TokenView
     from sinklens.trace.claims import norm_and_mass, primary_weakening, sink_levels, writer_alignment
     from sinklens.trace.neurons import Neurons, writer_neurons
@@ -108,7 +108,7 @@ _HOMES = {
     "PlainModel": "bridge.unbridged",
     "Registers": "find.registers",
     "Reproductions": "reproductions",
-    "SelfTest": "self_test",
+    "SelfTest": "check.check",
     "Sink": "find.sinkmap",
     "SinkDecomposition": "decompose.result",
     "SinkMap": "find.sinkmap",
@@ -132,7 +132,7 @@ _HOMES = {
     "attention_statistics": "heads.statistics",
     "bos_variants": "experiment.bos_variants",
     "capabilities": "bridge.capabilities",
-    "check_model": "self_test",
+    "check_model": "check.check",
     "compare_contexts": "find.contexts",
     "compare_methods": "find.sinks",
     "compare_mixing": "mixing.mixing",

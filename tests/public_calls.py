@@ -23,10 +23,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import sinklens as sl
 from sinklens import lab, streaming, sweep
+from sinklens.check.cause_checks import MANY, made
+from sinklens.check.subject import SINKS, Subject
 from sinklens.experiment.matched_damage import damage
 from sinklens.inputs.load import as_tokens
-from sinklens.selftest.cause_checks import MANY, made
-from sinklens.selftest.subject import SINKS, Subject
 
 WICKED = (
     "</script><script>alert(1)</script>",

@@ -15,8 +15,8 @@ import torch
 from architectures import build_pair
 
 import sinklens as sl
-from sinklens import self_test
-from sinklens.self_test import CHECKS
+from sinklens.check import check as self_test
+from sinklens.check.check import CHECKS
 
 NAMES = (
     "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "neox", "phi3", "falcon", "opt", "bloom",
@@ -142,7 +142,7 @@ def test_one_per_cent_off_is_called_wrong(
 
 
 def test_an_error_that_is_no_refusal_is_called_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sinklens.selftest.edit_checks as edits
+    import sinklens.check.edit_checks as edits
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise TypeError("unexpected keyword argument")

@@ -259,7 +259,7 @@ def test_check_prints_every_outcome_and_says_when_something_is_wrong(
     from architectures import build
     from test_tokens import word_tokenizer
 
-    import sinklens.selftest.edit_checks as edits
+    import sinklens.check.edit_checks as edits
 
     build("opt").save_pretrained(tmp_path / "model")
     word_tokenizer(adds_bos=True).save_pretrained(tmp_path / "model")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import sinklens as sl
+from sinklens.check.check import CHECKS, check_model
 from sinklens.lab import KINDS, LabModel, ModelConfig
 from sinklens.lab.kinds import weights
 from sinklens.lab.measure import Watcher, evaluate, head_figures, watched, without_first
 from sinklens.lab.study import LabConfig
 from sinklens.lab.training import evaluation_batch
-from sinklens.self_test import CHECKS, check_model
 
 SLOTS = [name for name, kind in KINDS.items() if kind.slot != "none"]
 NO_SOFTMAX = ["sigmoid", "sigmoid_normalised", "relu", "k_bias", "kv_bias"]

@@ -22,12 +22,12 @@ from test_lab_training import SHORT
 from test_trace import planted_writers, texts
 
 import sinklens as sl
+from sinklens.check.cause_checks import MANY, made
+from sinklens.check.subject import LENGTH, Subject
 from sinklens.experiment.matched_damage import damage
 from sinklens.find.contexts import shuffle
 from sinklens.inputs.load import as_tokens
 from sinklens.lab import train
-from sinklens.selftest.cause_checks import MANY, made
-from sinklens.selftest.subject import LENGTH, Subject
 from sinklens.streaming import eviction_study
 
 

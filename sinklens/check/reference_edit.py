@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens.selftest.subject import SINKS, Subject
-from sinklens.selftest.written_out import Edit, Layer, capped, plain, with_learned, write_out
+from sinklens.check.reference_forward import Edit, Layer, capped, plain, with_learned, write_out
+from sinklens.check.subject import SINKS, Subject
 
 
 def naive_edit(

@@ -30,8 +30,8 @@ from sinklens.bridge.adapters import (
     value_bias,
 )
 from sinklens.bridge.capabilities import capabilities
+from sinklens.check.reference_kinds import kind_of
 from sinklens.core.visibility import allowed_keys
-from sinklens.selftest.kinds_written_out import kind_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 The load-time proof says how a model's attention works; this says what the package makes of it. Every public function
 that runs a model is called on two short sequences, and its result compared with a plain computation that shares no
-kernel and no edit with it (:mod:`sinklens.selftest`): whole patterns in float64, loops over queries, automatic
+kernel and no edit with it (:mod:`sinklens.check`): whole patterns in float64, loops over queries, automatic
 differentiation of plain forwards. A function is
 
 - **exact**: every part that ran agrees with its reference (parts of it may be refused, and are named),
@@ -31,6 +31,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.bridge.capabilities import record
 from sinklens.bridge.unbridged import PlainModel
+from sinklens.check import attention_checks as reading
+from sinklens.check import cause_checks as causes
+from sinklens.check import edit_checks as edits
+from sinklens.check import head_checks as heads
+from sinklens.check import mixing_checks as mixing
+from sinklens.check import unbridged_checks as plain
+from sinklens.check.subject import LENGTH, Parts, Subject
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.core.storage import atomic_path
 from sinklens.core.validation import public, public_methods
@@ -38,13 +45,6 @@ from sinklens.inputs.images import Images, load_images
 from sinklens.inputs.load import as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import vocabulary
-from sinklens.selftest import attention_checks as reading
-from sinklens.selftest import cause_checks as causes
-from sinklens.selftest import edit_checks as edits
-from sinklens.selftest import head_checks as heads
-from sinklens.selftest import mixing_checks as mixing
-from sinklens.selftest import plain_checks as plain
-from sinklens.selftest.subject import LENGTH, Parts, Subject
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 
@@ -206,7 +206,7 @@ def check_model(
             first tokens of four documents of python-docs, or random ids where the model has no tokenizer or one that
             knows hardly any word of them; of image models pictures of random squares (two images of one size, or more).
         mask_id: the id of an encoder's [MASK], where its tokenizer names none.
-        functions: some of ``sinklens.self_test.CHECKS``; default all.
+        functions: some of ``sinklens.check.check.CHECKS``; default all.
         tolerance: default 1e-3 in float32 and float64, 0.1 in half precision.
         progress: show a bar.
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sinklens.attention.importance import FAR
 from sinklens.bridge.adapters import block_input
+from sinklens.check.reference_forward import Layer, visible
+from sinklens.check.subject import LENGTH, SINKS, Parts, Subject, gap
 from sinklens.core.errors import BadInputError
 from sinklens.decompose.decompose import decompose_sinks
 from sinklens.decompose.margin import BEYOND, SPLITS
@@ -18,8 +20,6 @@ from sinklens.find.sinkmap import Sink
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.residual.components import Component, writing_hook
-from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, gap
-from sinklens.selftest.written_out import Layer, visible
 from sinklens.trace.gathered import Looked
 from sinklens.trace.neurons import writer_neurons
 from sinklens.trace.phases import Phase, Traced

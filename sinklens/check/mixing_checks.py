@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sinklens.ablate.ablate import ablate_sinks
 from sinklens.bridge.adapters import attention_hook, block_input, block_output
+from sinklens.check.reference_edit import naive_edit
+from sinklens.check.reference_forward import write_out
+from sinklens.check.subject import SHORT, SINKS, Parts, Subject, gap
 from sinklens.core.errors import SinklensWarning
 from sinklens.mixing.by_length import mixing_by_length
 from sinklens.mixing.collapse import measure_collapse
@@ -19,9 +22,6 @@ from sinklens.mixing.pair_norms import jacobian_norms
 from sinklens.mixing.path_sum import path_sums
 from sinklens.mixing.perturbation import perturbation_spread
 from sinklens.mixing.result import Mixing
-from sinklens.selftest.naive_edit import naive_edit
-from sinklens.selftest.subject import SHORT, SINKS, Parts, Subject, gap
-from sinklens.selftest.written_out import write_out
 
 SMALL = 64  # d_model up to which whole Jacobians are formed
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from sinklens.bridge.adapters import output_weights
+from sinklens.check.reference_edit import naive_edit
+from sinklens.check.reference_forward import Layer, plain, visible
+from sinklens.check.subject import SINKS, Parts, Subject, gap
 from sinklens.forward.metrics import token_loss
 from sinklens.heads.activity import head_activity
 from sinklens.heads.maps import attention_view
 from sinklens.mixing.conditions import mixing_conditions
-from sinklens.selftest.naive_edit import naive_edit
-from sinklens.selftest.subject import SINKS, Parts, Subject, gap
-from sinklens.selftest.written_out import Layer, plain, visible
 
 ROUNDING = 0.5e-4  # of the numbers in a view
 

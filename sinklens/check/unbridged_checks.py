@@ -13,6 +13,8 @@ from torch import Tensor
 from sinklens.attention.flash import flash
 from sinklens.attention.unbridged import implementation, run_stack, watching
 from sinklens.bridge.unbridged import PlainModel
+from sinklens.check.attention_checks import between, naive_scores
+from sinklens.check.subject import LENGTH, Parts, Subject, gap
 from sinklens.core.errors import SinklensWarning
 from sinklens.find.contexts import compare_contexts
 from sinklens.find.lifetimes import Thresholds
@@ -24,8 +26,6 @@ from sinklens.inputs.images import Images, load_images
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.models.unbridged_proof import prove_plain
-from sinklens.selftest.attention_checks import between, naive_scores
-from sinklens.selftest.subject import LENGTH, Parts, Subject, gap
 
 
 def pictures(count: int = 4) -> list[Any]:

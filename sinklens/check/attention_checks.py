@@ -16,6 +16,8 @@ from sinklens.attention.flash_proof import unsupported
 from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
 from sinklens.bridge.adapters import attention_hook, block_input
 from sinklens.bridge.capabilities import prove
+from sinklens.check.reference_forward import visible
+from sinklens.check.subject import LENGTH, SINKS, Parts, Subject, apart, gap
 from sinklens.core.errors import SinklensWarning
 from sinklens.find.anatomy import sink_anatomy
 from sinklens.find.contexts import compare_contexts
@@ -29,8 +31,6 @@ from sinklens.heads.statistics import attention_statistics
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import named_tokens, vocabulary
-from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
-from sinklens.selftest.written_out import visible
 
 
 def backends(subject: Subject) -> tuple[str, ...]:

@@ -14,14 +14,14 @@ from sinklens.ablate.patch_bos import patch_bos
 from sinklens.ablate.residual import ablate_residual
 from sinklens.ablate.swap import restrict_attention, swap_attention
 from sinklens.bridge.adapters import block_input
+from sinklens.check.reference_edit import Means, naive_edit
+from sinklens.check.reference_forward import Edit, Layer, plain, with_learned, write_out
+from sinklens.check.subject import LENGTH, SINKS, Parts, Subject, apart, gap
 from sinklens.core.errors import BadInputError
 from sinklens.experiment.ablation_sweep import sweep_ablation
 from sinklens.experiment.bos_variants import bos_variants
 from sinklens.experiment.experiment import run_experiment
 from sinklens.experiment.matched_damage import damage, matched_damage
-from sinklens.selftest.naive_edit import Means, naive_edit
-from sinklens.selftest.subject import LENGTH, SINKS, Parts, Subject, apart, gap
-from sinklens.selftest.written_out import Edit, Layer, plain, with_learned, write_out
 
 MODES: dict[str, dict[str, Any]] = {
     "renormalize": {},

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.bridge.capabilities import Capabilities, capabilities
+from sinklens.check.reference_forward import Edit, Written, plain, write_out
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.find.lifetimes import Thresholds
 from sinklens.find.scores import SinkScores, sink_scores
@@ -20,7 +21,6 @@ from sinklens.find.sinkmap import Sink, SinkMap
 from sinklens.find.sinks import from_scores
 from sinklens.forward.predictions import predictions
 from sinklens.inputs.tokens import Tokens
-from sinklens.selftest.written_out import Edit, Written, plain, write_out
 
 LENGTH = 56  # tokens: position 8 still has 32 far queries
 SHORT = 8  # for Jacobians
