@@ -13,7 +13,7 @@ from planted import X, Y, planted_model, row
 
 import sinklens as sl
 from sinklens.inputs.load import as_tokens
-from sinklens.report.sizes import QUICK
+from sinklens.report.budget import QUICK
 
 LAYERS = 6
 LENGTH = 56

@@ -31,7 +31,7 @@ from sinklens import lab, sweep
 from sinklens.cli import app
 from sinklens.models import fetch as embedded
 from sinklens.report import export as exporting
-from sinklens.report import run as running
+from sinklens.report import run_stages as running
 from sinklens.report import write as writing
 
 KILLS = int(os.environ.get("SINKLENS_KILLS", "2"))  # per stage; six stages

@@ -22,7 +22,7 @@ import sinklens as sl
 from sinklens.cli import app
 from sinklens.report import export as exporting
 from sinklens.report import write as writing
-from sinklens.report.sizes import text_of
+from sinklens.report.budget import text_of
 
 STAGES = ("scores", "sinks", "experiment", "decomposition", "trace", "mixing")
 SAID = {"index.html", "report.md", "manifest.json", "references.bib", "reproduce.py"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sinklens as sl
 from sinklens.bridge.capabilities import record
-from sinklens.report.shelf import Entry, Shelf
+from sinklens.report.stage_store import Entry, Shelf
 from sinklens.report.stages import Material
 
 TEXT_TOKENS = 120  # of the coloured text

@@ -10,7 +10,7 @@ from typing import Any
 from sinklens.bridge.capabilities import record
 from sinklens.core.storage import write_text
 from sinklens.report.page import Told
-from sinklens.report.shelf import Entry
+from sinklens.report.stage_store import Entry
 from sinklens.show.page import manifest
 
 

@@ -13,10 +13,10 @@ from plotly.offline import get_plotlyjs
 from sinklens.find.text_strip import text_strip
 from sinklens.report.attention_pages import AttentionPage
 from sinklens.report.content import Plot, Section, Sheet
+from sinklens.report.figure_json import for_page, safe_json, split_title
 from sinklens.report.methods import formulas, limits, preamble
 from sinklens.report.stages import Material
 from sinklens.report.tables import SHOWN_ROWS, cells, escaped, markdown
-from sinklens.report.thin import for_page, safe_json, split_title
 
 STRIP_TOKENS = 120
 

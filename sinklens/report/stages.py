@@ -10,7 +10,7 @@ from typing import Any
 import sinklens as sl
 from sinklens.bridge.capabilities import record
 from sinklens.inputs.tokens import Tokens
-from sinklens.report.sizes import Sizes
+from sinklens.report.budget import Sizes
 
 MODES = ("zero", "renormalize")
 REPLACEMENTS = ("same_id",)  # what the verdict on a writer needs

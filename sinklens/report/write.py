@@ -19,15 +19,15 @@ from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens, reads_images
 from sinklens.models.load import load_model
 from sinklens.report.attention_pages import write_attention
+from sinklens.report.budget import FULL, QUICK, text_of
 from sinklens.report.export import export
-from sinklens.report.identity import identity, key_of, weights_digest
+from sinklens.report.fingerprint import identity, key_of, weights_digest
 from sinklens.report.manifest import write_manifest
 from sinklens.report.methods import BIBLIOGRAPHY, script
 from sinklens.report.page import Told, html_page, markdown_page
-from sinklens.report.run import run_stages, teller
+from sinklens.report.run_stages import run_stages, teller
 from sinklens.report.sections import sections
-from sinklens.report.shelf import Shelf
-from sinklens.report.sizes import FULL, QUICK, text_of
+from sinklens.report.stage_store import Shelf
 from sinklens.report.stages import Material
 from sinklens.report.story import finding
 from sinklens.report.tables import write_tables
@@ -51,7 +51,7 @@ def write_report(
         model: from :func:`sinklens.load_model`, or what that takes (a name, a folder, a hub id).
         tokens: the sequences, as everywhere; None: 16 documents of python-docs. Intervals need 16 documents.
         path: the folder. If it holds this report already, wholly or in part, what is done is not done again.
-        quick: fewer tokens and controls; see :mod:`sinklens.report.sizes`.
+        quick: fewer tokens and controls; see :mod:`sinklens.report.budget`.
         seed: of every draw.
         name: what ``load_model`` takes to load this model again, for ``reproduce.py``; default: what was passed, or the
             model's own name.

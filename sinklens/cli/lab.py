@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sinklens.cli_common import check_out, friendly, numbers_of, plain, say_written, stdout
+from sinklens.cli.options import check_out, friendly, numbers_of, plain, say_written, stdout
 from sinklens.core.errors import BadInputError
 
 if TYPE_CHECKING:

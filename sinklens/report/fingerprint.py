@@ -12,7 +12,7 @@ import torch
 from sinklens.bridge.capabilities import record
 from sinklens.bridge.offload import real_weights
 from sinklens.inputs.tokens import Tokens
-from sinklens.report.sizes import Sizes
+from sinklens.report.budget import Sizes
 from sinklens.sweep.keys import code_version
 
 

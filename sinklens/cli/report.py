@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sinklens.cli_common import (
+from sinklens.cli.options import (
     Context,
     CorpusOption,
     CountOption,
@@ -39,7 +39,7 @@ def report(
 ) -> None:
     """Scan, find, ablate, decompose, trace, mix; write a report that opens offline."""
     import sinklens as sl
-    from sinklens.report.sizes import text_of
+    from sinklens.report.budget import text_of
     from sinklens.report.write import check_folder
 
     check_folder(out)

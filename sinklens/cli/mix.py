@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.cli_common import (
+from sinklens.cli.options import (
     Context,
     CorpusOption,
     CountOption,

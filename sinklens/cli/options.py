@@ -101,3 +101,24 @@ def numbers_of(words: str | None, option: str, example: str) -> tuple[float, ...
         return tuple(float(part) for part in words.split(",")) if words else ()
     except ValueError:
         raise BadInputError(f"{option} takes numbers between commas, such as {example}; got {words!r}") from None
+
+
+KINDS = ("all", "primary", "secondary")
+
+
+def numbers(text: str | None, what: str) -> list[int] | None:
+    """``0,3-5`` as [0, 3, 4, 5]."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise BadInputError(f"--{what} takes numbers such as 0,3-5; got {text!r}")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def or_dash(value: float) -> str:
+    """A number with three digits; - for NaN."""
+    return "-" if value != value else f"{value:.3f}"

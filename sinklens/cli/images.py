@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sinklens.cli_common import OutOption, check_out, friendly, plain, say_written, stdout
+from sinklens.cli.options import OutOption, check_out, friendly, plain, say_written, stdout
 
 IMAGE_MODEL = "dinov2-s"
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.cli_common import (
+from sinklens.cli.options import (
+    KINDS,
     Context,
     CorpusOption,
     CountOption,
@@ -20,12 +21,12 @@ from sinklens.cli_common import (
     TextOption,
     check_out,
     friendly,
+    numbers,
     plain,
     say_written,
     source_of,
     stdout,
 )
-from sinklens.cli_interventions import KINDS, numbers
 from sinklens.core.errors import BadInputError
 from sinklens.models.catalogue import DEFAULT_MODEL
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
-from sinklens.report.shelf import Entry, Shelf
+from sinklens.report.stage_store import Entry, Shelf
 from sinklens.report.stages import STAGES, Material, Stage
 from sinklens.show.progress import stderr
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sinklens.cli_common import friendly, plain, say_written, stdout
+from sinklens.cli.options import friendly, plain, say_written, stdout
 from sinklens.core.errors import BadInputError
 
 app = typer.Typer(help="Run many jobs: models x texts x interventions x tasks x seeds.", no_args_is_help=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sinklens.cli_common import friendly, plain, say_written, stdout
+from sinklens.cli.options import friendly, plain, say_written, stdout
 from sinklens.core.errors import BadInputError
 from sinklens.models.catalogue import DEFAULT_MODEL
 

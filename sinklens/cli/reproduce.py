@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.cli_common import CorpusOption, OutOption, SeedOption, check_out, friendly, plain, say_written, stdout
+from sinklens.cli.options import CorpusOption, OutOption, SeedOption, check_out, friendly, plain, say_written, stdout
 
 
 @friendly

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.cli_common import (
+from sinklens.cli.options import (
+    KINDS,
     Context,
     CorpusOption,
     CountOption,
@@ -26,7 +27,6 @@ from sinklens.cli_common import (
     source_of,
     stdout,
 )
-from sinklens.cli_interventions import KINDS
 from sinklens.core.errors import BadInputError
 from sinklens.models.catalogue import DEFAULT_MODEL
 
