@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader
 _PACKAGES = ("sinklens", "transformer-lens", "transformers", "torch", "numpy")
 
 
+@runtime_checkable
 class Read(Protocol):
     """What a model read (``Tokens``), as a manifest names it."""
 
