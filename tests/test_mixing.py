@@ -11,8 +11,9 @@ import torch
 from architectures import build_pair, random_rows
 
 import sinklens as sl
+from sinklens.mixing.indices import indices
 from sinklens.mixing.jacobians import Stream, fitting_chunk, needed_memory
-from sinklens.mixing.mixing import _drawn, indices
+from sinklens.mixing.mixing import _drawn
 
 LENGTH = 7
 
@@ -151,7 +152,7 @@ def test_a_sample_of_tokens_is_scaled_to_the_whole() -> None:
     assert _drawn(10, (0,), 128, draw) == tuple(range(10))
     stream = Stream(model, ids)
     table = whole.maps[0].double()
-    assert float(indices(stream, table, range(30), [0], causal=True)["mix"][-1]) == pytest.approx(
+    assert float(indices(table, range(30), [0], stream.start, stream.outputs, causal=True)["mix"][-1]) == pytest.approx(
         float(whole.mix[0, -1]), rel=1e-5
     )
     missing = torch.tensor([p for p in range(30) if p not in some.positions[0]])

@@ -91,11 +91,12 @@ def mix(
 
 def show(found: Any, losses: dict[str, float]) -> None:
     """The three indices of every condition at the last layer."""
-    table = Table("condition", "loss", "mix", "via_sink", "spread", box=None, pad_edge=False)
+    from sinklens.mixing.indices import INDICES, at_last_layer
+
+    table = Table("condition", "loss", *INDICES, box=None, pad_edge=False)
     for label, one in found.conditions.items():
-        values = [float(getattr(one, name)[:, -1].nanmean()) for name in ("mix", "via_sink", "spread")]
         loss = f"{losses[label]:.3f}" if label in losses else ""
-        table.add_row(plain(label), loss, *(f"{value:.4g}" for value in values))
+        table.add_row(plain(label), loss, *(f"{value:.4g}" for value in at_last_layer(one).values()))
     stdout.print(table)
     first = next(iter(found.conditions.values()))
     stdout.print(f"at the last layer; {first.info['definition']}; S: {first.info['S']}", highlight=False)

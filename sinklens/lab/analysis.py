@@ -17,6 +17,7 @@ from sinklens.find.anatomy import sink_anatomy
 from sinklens.find.sinks import find_sinks
 from sinklens.forward.metrics import token_loss
 from sinklens.lab.tasks import Batch
+from sinklens.mixing.indices import at_last_layer
 from sinklens.mixing.mixing import compare_mixing
 from sinklens.trace.trace import trace_sinks
 
@@ -89,10 +90,7 @@ def _heads(model: TransformerBridge, ids: Int[Tensor, "batch pos"]) -> list[dict
 def _mixing(model: TransformerBridge, ids: Int[Tensor, "batch pos"]) -> dict[str, dict[str, float]]:
     edits = {"without the first token": ablate_sinks(model, [0])}
     found = compare_mixing(model, ids, edits, sinks=[0], probes=8, progress=False)
-    return {
-        label: {name: float(getattr(one, name)[:, -1].nanmean()) for name in ("mix", "via_sink", "spread")}
-        for label, one in found.conditions.items()
-    }
+    return {label: at_last_layer(one) for label, one in found.conditions.items()}
 
 
 def _writers(model: TransformerBridge, ids: Int[Tensor, "batch pos"]) -> list[dict[str, Any]]:

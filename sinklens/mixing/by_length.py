@@ -14,8 +14,8 @@ from sinklens.core.validation import public
 from sinklens.find.sinkmap import SinkMap
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
+from sinklens.mixing.conditions import Conditions, Sinks
 from sinklens.mixing.mixing import compare_mixing
-from sinklens.mixing.setup import Conditions, Sinks
 
 
 @public

@@ -37,7 +37,7 @@ from sinklens.core.validation import public, public_methods
 from sinklens.forward.follow import numbered
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
-from sinklens.mixing.setup import Conditions, Sinks, conditions_of, sinks_of
+from sinklens.mixing.conditions import Conditions, Sinks, conditions_of, sinks_of
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 

@@ -8,24 +8,19 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sinklens.mixing.indices import INDICES
 from sinklens.show.theme import MUTED, SCALE, curve, escape_hover, themed
 
 if TYPE_CHECKING:
     from sinklens.mixing.result import Mixing
-
-NAMES = {
-    "mix": "mix: other tokens",
-    "via_sink": "via_sink: sinks",
-    "spread": "spread: over own norm",
-}
 
 
 def index_curves(conditions: dict[str, Mixing]) -> go.Figure:
     """One panel per index, one line per condition, a band where there are intervals."""
     first = next(iter(conditions.values()))
     tables = {label: found.to_dataframe().to_dict("records") for label, found in conditions.items()}
-    figure = make_subplots(rows=1, cols=3, subplot_titles=tuple(NAMES.values()), horizontal_spacing=0.07)
-    for column, name in enumerate(NAMES, start=1):
+    figure = make_subplots(rows=1, cols=3, subplot_titles=tuple(INDICES.values()), horizontal_spacing=0.07)
+    for column, name in enumerate(INDICES, start=1):
         for c, (label, table) in enumerate(tables.items()):
             rows = [row for row in table if row["index"] == name]
             curve(figure, column, c, label, rows)

@@ -1,13 +1,7 @@
 """``measure_mixing``: over-mixing by Jacobians, with and without sinks (docs/definitions.md, section 6).
 
-Three indices, always together, since how the sink's column is counted decides the sign of the conclusion::
-
-    mix[l,i]      = sum_{j<i, j not in S} |J_ij|_F^2 / sum_{j<=i, j not in S} |J_ij|_F^2
-    via_sink[l,i] = sum_{j in S} |J_ij|_F^2 / sum_j |J_ij|_F^2
-    spread[l,i]   = sqrt(sum_{j<i, j not in S} |J_ij|_F^2 |e_j|^2) / |x_i^l|
-
-as means over the rows i that are no sink, i >= 1 (encoders: j != i in the place of j < i). Source: Barbero et al. 2025
-for what is asked; the estimator is ours.
+Three indices of J, in :mod:`sinklens.mixing.indices`, always together. Source: Barbero et al. 2025 for what is asked;
+the estimator is ours.
 """
 
 from __future__ import annotations
@@ -29,6 +23,8 @@ from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedMode
 from sinklens.core.validation import public
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
+from sinklens.mixing.conditions import BASE, Conditions, Sinks, conditions_of, sinks_of
+from sinklens.mixing.indices import INDICES, indices
 from sinklens.mixing.jacobians import (
     PROBES,
     Stream,
@@ -37,8 +33,7 @@ from sinklens.mixing.jacobians import (
     probed_squares,
     probed_squares_reverse,
 )
-from sinklens.mixing.result import INDICES, Mixing, MixingComparison
-from sinklens.mixing.setup import BASE, Conditions, Sinks, conditions_of, sinks_of
+from sinklens.mixing.result import Mixing, MixingComparison
 from sinklens.models.load import untrained_twin
 from sinklens.show.progress import progress_bar
 
@@ -212,7 +207,9 @@ def _measure(
                     warnings.warn(f"{error}: taking it, {depth} times the passes", SinklensWarning, stacklevel=3)
                     reverse = True
                     squares, var = _squares(stream, positions[b], own[b], way, reverse=True)
-                for name, values in indices(stream, squares, positions[b], own[b], causal=facts.causal).items():
+                for name, values in indices(
+                    squares, positions[b], own[b], stream.start, stream.outputs, causal=facts.causal
+                ).items():
                     found[label][name][b] = values
                 maps[label].append(squares.float())
                 errors[label] += [] if var is None else [var.float()]
@@ -227,38 +224,6 @@ def _measure(
         )
         for label in conditions
     }  # fmt: skip
-
-
-def indices(
-    stream: Stream,
-    squares: Float[Tensor, "layer row column"],
-    positions: Sequence[int],
-    sinks: Sequence[int],
-    *,
-    causal: bool,
-) -> dict[str, Float[Tensor, " layer"]]:
-    """The three indices of one sequence, as means over its measured rows that are no sink."""
-    at = torch.tensor(positions)
-    is_sink = torch.tensor([p in sinks for p in positions])
-    norms = stream.start[at.to(stream.start.device)].double().square().sum(-1).cpu()
-    size = stream.outputs[:, at.to(stream.start.device)].double().norm(dim=-1).cpu()
-    everyone = [p for p in range(stream.start.shape[0]) if p not in sinks]
-    rows: dict[str, list[Tensor]] = {name: [] for name in INDICES}
-    for r, i in enumerate(positions):
-        if i < 1 or bool(is_sink[r]):
-            continue
-        others = ~is_sink & (at != i) & ((at < i) if causal else torch.ones_like(is_sink))
-        whole = sum(p != i and (p < i or not causal) for p in everyone)
-        if whole and not bool(others.any()):
-            continue
-        scale = whole / max(int(others.sum()), 1)
-        line = squares[:, r].double()
-        mixed = line[:, others].sum(-1) * scale
-        through = line[:, is_sink].sum(-1)
-        rows["mix"].append(mixed / (mixed + line[:, r]))
-        rows["via_sink"].append(through / (through + mixed + line[:, r]))
-        rows["spread"].append(((line[:, others] * norms[others]).sum(-1) * scale).sqrt() / size[:, r])
-    return {name: torch.stack(values).mean(0) for name, values in rows.items()}
 
 
 def _squares(

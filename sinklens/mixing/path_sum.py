@@ -45,8 +45,8 @@ from sinklens.core.validation import public, public_methods
 from sinklens.forward.follow import numbered
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
+from sinklens.mixing.conditions import Sinks, sinks_of
 from sinklens.mixing.jacobians import CHUNK, Stream, derivatives_named, exact_block
-from sinklens.mixing.setup import Sinks, sinks_of
 from sinklens.residual.contributions import flat
 from sinklens.residual.linear_maps import FrozenNorm, frozen_norm, identity_norm
 from sinklens.show.notebook import ShownInJupyter

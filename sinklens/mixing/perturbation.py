@@ -35,8 +35,8 @@ from sinklens.forward.follow import EMBED
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import vocabulary
+from sinklens.mixing.conditions import Conditions, Places, Sinks, conditions_of, sinks_of
 from sinklens.mixing.perturbation_result import Perturbation, Swap, others
-from sinklens.mixing.setup import Conditions, Places, Sinks, conditions_of, sinks_of
 from sinklens.show.progress import progress_bar
 
 SWAPS = 100

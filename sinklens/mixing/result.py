@@ -19,13 +19,12 @@ from sinklens.core.intervals import summary
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
 from sinklens.inputs.tokens import Tokens
+from sinklens.mixing.indices import INDICES, at_last_layer
 from sinklens.mixing.jacobians import squares_interval
 from sinklens.show.notebook import ShownInJupyter
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-INDICES = ("mix", "via_sink", "spread")
 
 
 @public_methods
@@ -54,7 +53,7 @@ class Mixing(ShownInJupyter, table="_last_layer"):
     info: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{name} {float(getattr(self, name)[:, -1].nanmean()):.3g}" for name in INDICES)
+        last = ", ".join(f"{name} {value:.3g}" for name, value in at_last_layer(self).items())
         return (
             f"Mixing of {len(self.tokens)} sequence(s) in {self.info.get('model')}, {self.info.get('definition')}\n"
             f"  at the last layer {last}"
@@ -203,7 +202,7 @@ class MixingComparison(ShownInJupyter, table="_last_layer"):
         first = next(iter(self.conditions.values()))
         lines = [f"MixingComparison over {len(first.tokens)} sequence(s), {first.info.get('definition')}"]
         for label, found in self.conditions.items():
-            last = ", ".join(f"{name} {float(getattr(found, name)[:, -1].nanmean()):.3g}" for name in INDICES)
+            last = ", ".join(f"{name} {value:.3g}" for name, value in at_last_layer(found).items())
             lines.append(f"  {label}: at the last layer {last}")
         return "\n".join(lines)
 
