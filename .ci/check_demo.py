@@ -31,7 +31,7 @@ for text in (page, said.replace("\\", "")):
     assert f"in a share of {rate:.3f} of" in text
 
 effects = pd.read_parquet(folder / "tables" / "effects.parquet")
-experiment = sl.Experiment.load(folder / "stages" / "experiment.safetensors")
+experiment = sl.experiment.Experiment.load(folder / "stages" / "experiment.safetensors")
 pd.testing.assert_frame_equal(effects, experiment.to_dataframe())
 for row in effects[effects.label != "base"].to_dict("records"):
     assert f"<td>{row['d_loss']:.4f}</td>" in page, row
@@ -39,7 +39,7 @@ gone = effects[(effects.label == "primary sinks, renormalize") & (effects.contro
 assert gone.d_loss_low > 0, f"SmolLM2 loses without its primary sinks; found {gone.to_dict()}"
 assert f"the loss rises by {gone.d_loss:.3f} nats per token [{gone.d_loss_low:.3f}, {gone.d_loss_high:.3f}]" in page
 
-trace = sl.SinkTrace.load(folder / "stages" / "trace.safetensors")
+trace = sl.trace.SinkTrace.load(folder / "stages" / "trace.safetensors")
 pd.testing.assert_frame_equal(pd.read_parquet(folder / "tables" / "writers.parquet"), trace.writers())
 top = trace.by_component("secondary").iloc[0]
 assert top.writer == "mlp 2", f"SmolLM2's secondary sinks are written by MLP 2; found {top.writer}"

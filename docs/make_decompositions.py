@@ -42,7 +42,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
     sinks = sl.find_sinks(model, tokens)
 
-    def piece_of(kind: str, most: int, **options: Any) -> sl.SinkDecomposition:
+    def piece_of(kind: str, most: int, **options: Any) -> sl.decompose.SinkDecomposition:
         holding = [b for b in range(len(tokens)) if any(s.sequence == b for s in sinks.where(kind=kind))][:most]
         chosen = tokens[holding]
         own = sl.find_sinks(model, chosen).where(kind=kind)
@@ -60,7 +60,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
             make().save(path)
 
 
-def numbers(found: sl.SinkDecomposition, kind: str) -> str:
+def numbers(found: sl.decompose.SinkDecomposition, kind: str) -> str:
     """Means over a kind's sinks."""
     rows = {row["number"]: row for row in found.means(kind).to_dict("records")}
     lines = ["| number | mean over sinks |", "|---|---|"]
@@ -68,7 +68,7 @@ def numbers(found: sl.SinkDecomposition, kind: str) -> str:
     return "\n".join(lines)
 
 
-def heads(found: sl.SinkDecomposition, kind: str) -> str:
+def heads(found: sl.decompose.SinkDecomposition, kind: str) -> str:
     """Bias shares, classes, and the heads that stand out."""
     per_head = found.heads(kind)
     share = per_head.bias_share.dropna()
@@ -84,7 +84,7 @@ def heads(found: sl.SinkDecomposition, kind: str) -> str:
     )
 
 
-def components(found: sl.SinkDecomposition, kind: str) -> str:
+def components(found: sl.decompose.SinkDecomposition, kind: str) -> str:
     """The components that stand in the sink's key: per layer the two with the largest parts."""
     rows = found.component_table("key", kind).to_dict("records")
     lines = ["| layer | raises the score | lowers it |", "|---|---|---|"]
@@ -96,7 +96,7 @@ def components(found: sl.SinkDecomposition, kind: str) -> str:
     return "\n".join(lines)
 
 
-def square(effect: sl.TwoByTwo) -> str:
+def square(effect: sl.decompose.TwoByTwo) -> str:
     """The 2x2 of all heads at once."""
     lines = ["| metric | mass part | value part | interaction | together | mass share |", "|---|---|---|---|---|---|"]
     for row in effect.to_dataframe().to_dict("records"):
@@ -105,7 +105,7 @@ def square(effect: sl.TwoByTwo) -> str:
     return "\n".join(lines)
 
 
-def claims(found: sl.SinkDecomposition) -> str:
+def claims(found: sl.decompose.SinkDecomposition) -> str:
     """The four claims."""
     assert found.claims is not None
     lines = ["| claim | test | effect | of | verdict |", "|---|---|---|---|---|"]
@@ -115,7 +115,7 @@ def claims(found: sl.SinkDecomposition) -> str:
     return "\n".join(lines)
 
 
-def one_by_one(found: sl.SinkDecomposition) -> str:
+def one_by_one(found: sl.decompose.SinkDecomposition) -> str:
     """Layers or heads: the largest mass and value parts, and how far the sums are from the whole."""
     lines = []
     for scope in (s for s in ("layer", "head") if s in found.effects):
@@ -160,7 +160,7 @@ def write(store: Path) -> None:
             path = store / f"{name}-{kind}.safetensors"
             if not path.is_file():
                 continue
-            found = sl.SinkDecomposition.load(path)
+            found = sl.decompose.SinkDecomposition.load(path)
             documents = len({s.document for s in found.subjects})
             parts += [
                 f"## {name}: {len(found.subjects)} {kind} sinks in {documents} documents",
@@ -174,7 +174,7 @@ def write(store: Path) -> None:
         for scope in ("layers", "heads"):
             path = store / f"{name}-{scope}.safetensors"
             if path.is_file():
-                found = sl.SinkDecomposition.load(path)
+                found = sl.decompose.SinkDecomposition.load(path)
                 parts += [f"### {name}: {scope} one by one", one_by_one(found)]
                 if scope == "heads" and "loss" in found.effects["head"].values:
                     image = Path("images") / f"plane-{name}.png"

@@ -57,7 +57,7 @@ def decoder(name: str) -> str:
     places = sinks.to_dataframe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sl.SinklensWarning)
-        methods = sl.compare_methods(model, tokens)
+        methods = sl.find.compare_methods(model, tokens)
     anatomy = sl.sink_anatomy(model, sinks)
     later = places[places.position > 0]
     reasons = later.groupby(["kind", "reason"], as_index=False).agg(
@@ -84,7 +84,7 @@ def decoder(name: str) -> str:
         "### The count depends on the threshold\n\n" + table(sinks.sweep(values=(0.02, 0.03, 0.05, 0.07, 0.1, 0.15))),
         "### Agreement of the methods\n\n" + table(methods),
         "### What the heads do (commonest class over documents)\n\n" + table(kinds),
-        "### Token or position?\n\n" + table(sl.compare_contexts(model, lengths=(64, 256))),
+        "### Token or position?\n\n" + table(sl.find.compare_contexts(model, lengths=(64, 256))),
     ]
     return "\n\n".join(parts)
 

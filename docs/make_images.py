@@ -20,7 +20,7 @@ from sinklens.forward.states import block_inputs
 DOCS = Path(__file__).parent
 
 
-def layers(scores: sl.SinkScores, registers: sl.Registers) -> pd.DataFrame:
+def layers(scores: sl.SinkScores, registers: sl.find.Registers) -> pd.DataFrame:
     """Per layer: what [CLS] and the strongest patch get, and the norms after the block."""
     alpha = scores.alpha.double().mean(2)
     norms = registers.by_layer()
@@ -38,7 +38,7 @@ def layers(scores: sl.SinkScores, registers: sl.Registers) -> pd.DataFrame:
     )
 
 
-def strongest(model: sl.PlainModel, images: sl.Images, scores: sl.SinkScores) -> pd.DataFrame:
+def strongest(model: sl.models.PlainModel, images: sl.inputs.Images, scores: sl.SinkScores) -> pd.DataFrame:
     """The strongest patch of each picture in layer 0, by head, and how large its embedding is among the patches."""
     rows = []
     for b, source in enumerate(images.sources):
@@ -64,9 +64,9 @@ def strongest(model: sl.PlainModel, images: sl.Images, scores: sl.SinkScores) ->
 def main() -> None:
     """Measure, write, draw."""
     model = sl.load_model("dinov2-s")
-    images = sl.load_images(model, sl.sample_images())
+    images = sl.load_images(model, sl.inputs.sample_images())
     scores = sl.sink_scores(model, images)
-    registers = sl.register_tokens(model, images)
+    registers = sl.find.register_tokens(model, images)
     sinks = sl.find_sinks(model, images, scores=scores)
     found = sinks.to_dataframe()[["sequence", "token", "kind", "reason", "onset", "end", "mass"]]
     found["sequence"] = [images.sources[b] for b in found["sequence"]]

@@ -112,7 +112,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         if key == "bos":
             path = store / f"{name}-bos.csv"
             if not path.is_file():
-                sl.bos_variants(model, tokens).to_dataframe(model).to_csv(path, index=False)
+                sl.experiment.bos_variants(model, tokens).to_dataframe(model).to_csv(path, index=False)
             continue
         build, controls, _ = EXPERIMENTS[key]
         folder = store / f"{name}-{key}"
@@ -131,7 +131,7 @@ def number(row: dict[str, Any], key: str) -> str:
     return f"{value:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low == low else "")
 
 
-def effects(experiment: sl.Experiment) -> str:
+def effects(experiment: sl.experiment.Experiment) -> str:
     """One row per intervention and control."""
     table = experiment.to_dataframe().to_dict("records")
     base = table[0]
@@ -153,7 +153,7 @@ def effects(experiment: sl.Experiment) -> str:
     return "\n".join(lines)
 
 
-def in_words(experiment: sl.Experiment) -> str:
+def in_words(experiment: sl.experiment.Experiment) -> str:
     """Which interventions hardly change the loss, and which change it less than a control does."""
     table = experiment.to_dataframe().to_dict("records")
     absent, small, weaker = [], [], []
@@ -175,7 +175,7 @@ def in_words(experiment: sl.Experiment) -> str:
     return "\n\n".join(lines)
 
 
-def side_effects(experiment: sl.Experiment) -> str:
+def side_effects(experiment: sl.experiment.Experiment) -> str:
     """What else changed, for the interventions alone."""
     table = experiment.side_effects()
     table = table[(table.control == "")].drop(columns="control")
@@ -210,7 +210,7 @@ def write(store: Path) -> None:
         for key, (_, _, title) in EXPERIMENTS.items():
             path = store / f"{name}-{key}.safetensors"
             if path.is_file():
-                experiment = sl.Experiment.load(path)
+                experiment = sl.experiment.Experiment.load(path)
                 notes = "".join(f"\n- {note}" for note in experiment.notes)
                 parts.append(f"### {title}\n\n{effects(experiment)}{chr(10) + notes if notes else ''}")
                 if in_words(experiment):

@@ -71,7 +71,7 @@ def controls(
     for label, kinds in wanted.items():
         for kind in kinds:
             try:
-                made[f"{words[kind]}, same loss as {label}"] = sl.matched_damage(
+                made[f"{words[kind]}, same loss as {label}"] = sl.experiment.matched_damage(
                     model, tokens, found[label], kind=kind
                 ).hooks
             except sl.BadInputError as error:
@@ -102,8 +102,8 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
             part = store / f"{name}-conditions@{n}.safetensors"
             if not part.is_file():
                 sl.measure_mixing(model, sinks.tokens, sinks=sinks, hooks=hooks, probes=PROBES).save(part)
-            found[label] = sl.Mixing.load(part)
-        sl.MixingComparison(found).save(path)
+            found[label] = sl.mixing.Mixing.load(part)
+        sl.mixing.MixingComparison(found).save(path)
     if path := due("twin"):
         sinks = prefixes(model, store, LENGTH)
         twin = untrained_twin(model)
@@ -114,7 +114,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         made = {"without the primary": sl.ablate_sinks(model, sinks.primary)}
         made[FIRST] = sl.ablate_sinks(model, [0])
         made |= controls(model, sinks.tokens, made, {"without the primary": ("noise",), FIRST: ("noise",)})
-        sl.perturbation_spread(model, sinks.tokens, made, sinks=sinks, n_swaps=SWAPS).save(path)
+        sl.mixing.perturbation_spread(model, sinks.tokens, made, sinks=sinks, n_swaps=SWAPS).save(path)
     if path := due("collapse"):
         documents, length = COLLAPSE[name]
         sinks = prefixes(model, store, length, documents)
@@ -127,11 +127,11 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         if abs(costs[0] - costs[1]) < 1e-3:  # one and the same edit, where the first token is the only sink
             del wanted[FIRST]
         made |= controls(model, sinks.tokens, made, wanted)
-        sl.measure_collapse(model, sinks.tokens, made, sinks=sinks).save(path)
+        sl.mixing.measure_collapse(model, sinks.tokens, made, sinks=sinks).save(path)
     if path := due("bound", "parquet"):
         documents, length = BOUND
         sinks = prefixes(model, store, length, documents)
-        sl.path_sums(model, sinks.tokens, sinks=sinks).save(path)
+        sl.mixing.path_sums(model, sinks.tokens, sinks=sinks).save(path)
     for length, (most, documents) in LENGTHS.items():
         if path := due(f"lengths@{length}"):
             tokens = sl.load_tokens(model, "python-docs", seq_len=length, min_len=length, n_seqs=documents)
@@ -186,14 +186,14 @@ def depths(n_layers: int) -> list[int]:
 
 def condition_words(path: Path) -> list[str]:
     """The three indices under every condition, beside the untrained twin and the loss."""
-    found = sl.MixingComparison.load(path)
+    found = sl.mixing.MixingComparison.load(path)
     frame = pd.read_csv(str(path).replace("conditions.safetensors", "losses.csv"))
     losses = dict(zip(frame.condition.tolist(), frame.loss.tolist(), strict=True))
     layers = depths(found["base"].mix.shape[1])
     rows = found.to_dataframe(layers).to_dict("records")
     by = {(r["condition"], r["layer"], r["index"]): r for r in rows}
     twin_path = Path(str(path).replace("conditions", "twin"))
-    twin = sl.Mixing.load(twin_path).to_dataframe().to_dict("records") if twin_path.is_file() else []
+    twin = sl.mixing.Mixing.load(twin_path).to_dataframe().to_dict("records") if twin_path.is_file() else []
     parts = [f"Measured: {found['base'].info['definition']}."]
     for index in ("mix", "via_sink", "spread"):
         lines = []
@@ -233,7 +233,7 @@ def runs(layers: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
 
 
-def account(found: sl.MixingComparison) -> str:
+def account(found: sl.mixing.MixingComparison) -> str:
     """Whether sinks hold back mixing: where taking the primary away mixes more than base and than equal damage."""
     label, rows = "without the primary", found.to_dataframe().to_dict("records")
     control = next((c for c in found.conditions if c.endswith(f"same loss as {label}")), None)
@@ -270,7 +270,7 @@ def account(found: sl.MixingComparison) -> str:
     return "\n".join(lines)
 
 
-def verdict(found: sl.MixingComparison, losses: dict[str, float]) -> str:
+def verdict(found: sl.mixing.MixingComparison, losses: dict[str, float]) -> str:
     """In how many layers each index rises or falls, beyond 0 and beyond the damage of the same loss."""
     table_of = found.to_dataframe().to_dict("records")
     lines = ["In how many layers an index is surely (interval) above or below the base's, and the control's:", ""]
@@ -299,7 +299,7 @@ def verdict(found: sl.MixingComparison, losses: dict[str, float]) -> str:
 
 def swap_words(path: Path) -> list[str]:
     """Figure 2 of Barbero et al. with random swaps."""
-    found = sl.Perturbation.load(path)
+    found = sl.mixing.Perturbation.load(path)
     rows = found.to_dataframe().to_dict("records")
     layers = depths(found.relative.shape[2])
     lines = []
@@ -317,7 +317,7 @@ def swap_words(path: Path) -> list[str]:
 
 def collapse_words(path: Path) -> list[str]:
     """How alike tokens are."""
-    found = sl.Collapse.load(path)
+    found = sl.mixing.Collapse.load(path)
     rows = found.to_dataframe().to_dict("records")
     layers = depths(found.values.shape[2])
     parts = [
@@ -346,7 +346,7 @@ def collapse_words(path: Path) -> list[str]:
 def bound_words(path: Path) -> list[str]:
     """How loose the path-sum bound is."""
     frame = pd.read_parquet(path)
-    loose = sl.PathSums(frame, ()).looseness()
+    loose = sl.mixing.PathSums(frame, ()).looseness()
     layers = depths(len(loose))
     shown = loose[[n in layers for n in loose.layer.tolist()]]
     return [
@@ -360,7 +360,7 @@ def length_words(paths: dict[int, Path]) -> list[str]:
     """Against context length."""
     lines = []
     for length, path in paths.items():
-        found = sl.MixingComparison.load(path)
+        found = sl.mixing.MixingComparison.load(path)
         label = list(found.conditions)[1]
         for index in ("mix", "via_sink", "spread"):
             rows = found.to_dataframe([-1]).to_dict("records")

@@ -62,19 +62,19 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         found = sl.find_sinks(model, chosen).where(kind="secondary")
         sl.trace_sinks(model, chosen, found, most_proven=0).save(path("primaries"))
     if due("neurons"):
-        trace = sl.SinkTrace.load(path("trace"))
+        trace = sl.trace.SinkTrace.load(path("trace"))
         neurons(model, trace, store / f"{name}-neurons")
         write_text(path("neurons"), "done")
     if due("subspace"):
-        keep(sl.writer_subspace(model, sl.SinkTrace.load(path("trace"))), store / f"{name}-subspace")
+        keep(sl.trace.writer_subspace(model, sl.trace.SinkTrace.load(path("trace"))), store / f"{name}-subspace")
         write_text(path("subspace"), "done")
     if due("planted"):
         chosen = causal_sequences(sinks)[:16]
-        trace = sl.SinkTrace.load(path("trace")).part({tokens.documents[b] for b in chosen})
+        trace = sl.trace.SinkTrace.load(path("trace")).part({tokens.documents[b] for b in chosen})
         first = {(one.sequence, one.kind): one.sink for one in reversed(trace.traced)}
         kept = [o for o in trace.traced if o.sink in first.values() and o.kind == "secondary" and o.sequence in chosen]
-        only = sl.SinkTrace(tuple(kept), (), trace.sinks, trace.tokens, (), (), trace.info)
-        sl.plant_sinks(model, only, n_positions=1, n_random=2).to_csv(store / f"{name}-planted.csv", index=False)
+        only = sl.trace.SinkTrace(tuple(kept), (), trace.sinks, trace.tokens, (), (), trace.info)
+        sl.trace.plant_sinks(model, only, n_positions=1, n_random=2).to_csv(store / f"{name}-planted.csv", index=False)
         write_text(path("planted"), "done")
     if due("long") and name == MODELS[0]:
         long_texts(model).to_csv(store / f"{name}-long.csv", index=False)
@@ -89,27 +89,27 @@ def causal_sequences(sinks: sl.SinkMap) -> list[int]:
     return sorted(found.values())
 
 
-def causal(model: TransformerBridge, tokens: sl.Tokens, sinks: sl.SinkMap) -> sl.SinkTrace:
+def causal(model: TransformerBridge, tokens: sl.Tokens, sinks: sl.SinkMap) -> sl.trace.SinkTrace:
     """One secondary sink per document, replaced and rescaled."""
     chosen = tokens[causal_sequences(sinks)]
     found = sl.find_sinks(model, chosen).where(kind="secondary")
     return sl.trace_sinks(model, chosen, found, replacements=("same_id",), doses=DOSES, most_proven=1)
 
 
-def neurons(model: TransformerBridge, trace: sl.SinkTrace, stem: Path) -> None:
+def neurons(model: TransformerBridge, trace: sl.trace.SinkTrace, stem: Path) -> None:
     """Neurons of one secondary and one primary sink with a writer of each of 16 documents."""
     kept: dict[tuple[int, str], int] = {}
     for one in trace.traced:
         if one.writers() and sum(kind == one.kind for _, kind in kept) < SPLIT:
             kept.setdefault((one.document, one.kind), one.sink)
     traced = tuple(one for one in trace.traced if one.sink in kept.values())
-    part = sl.SinkTrace(traced, (), trace.sinks, trace.tokens, (), (), trace.info)
-    found = sl.writer_neurons(model, part, top=(1, 5), n_random=1, shown=5, fed=2)
+    part = sl.trace.SinkTrace(traced, (), trace.sinks, trace.tokens, (), (), trace.info)
+    found = sl.trace.writer_neurons(model, part, top=(1, 5), n_random=1, shown=5, fed=2)
     for name in ("neurons", "writers", "ablations", "feeds"):
         getattr(found, name).to_csv(f"{stem}-{name}.csv", index=False)
 
 
-def keep(verdict: sl.Verdict, stem: Path) -> None:
+def keep(verdict: sl.trace.Verdict, stem: Path) -> None:
     """A verdict's two tables."""
     verdict.numbers.to_csv(f"{stem}-numbers.csv", index=False)
     verdict.details.to_csv(f"{stem}-details.csv", index=False)
@@ -146,7 +146,7 @@ def write(store: Path) -> None:
 
 def model_parts(name: str, store: Path) -> list[str]:
     """One model's tables."""
-    trace = sl.SinkTrace.load(store / f"{name}-trace.safetensors")
+    trace = sl.trace.SinkTrace.load(store / f"{name}-trace.safetensors")
     sinks = from_scores(sl.SinkScores.load(store / f"{name}-scores.safetensors"))
     documents = sorted(set(trace.tokens.documents))
     holding = sorted({trace.tokens.documents[s.sequence] for s in sinks.secondary})
@@ -175,18 +175,20 @@ def model_parts(name: str, store: Path) -> list[str]:
     named = ", ".join(f"{c} in {n}" for c, n in erasers.most_common(6))
     parts.append(f"Erasers of the {phases} phases of secondary sinks: {named or 'none'}.")
     causal_path = store / f"{name}-causal.safetensors"
-    proof = sl.SinkTrace.load(causal_path) if causal_path.is_file() else None
+    proof = sl.trace.SinkTrace.load(causal_path) if causal_path.is_file() else None
     if proof is not None:
         parts.append(causes(proof))
-    verdicts: list[tuple[str, sl.Verdict]] = []
-    for function in (sl.writer_alignment, sl.norm_and_mass, sl.sink_levels):
+    verdicts: list[tuple[str, sl.trace.Verdict]] = []
+    for function in (sl.trace.writer_alignment, sl.trace.norm_and_mass, sl.trace.sink_levels):
         verdicts += tried(function, {"all": trace, **{half: trace.part(d) for half, d in halves.items()}})
     if proof is not None:
-        verdicts += [("one per document", sl.norm_and_mass(proof))]
+        verdicts += [("one per document", sl.trace.norm_and_mass(proof))]
     primaries_path = store / f"{name}-primaries.safetensors"
     if primaries_path.is_file():
-        alone = sl.SinkTrace.load(primaries_path)
-        verdicts += tried(sl.primary_weakening, {"all": alone, **{half: alone.part(d) for half, d in halves.items()}})
+        alone = sl.trace.SinkTrace.load(primaries_path)
+        verdicts += tried(
+            sl.trace.primary_weakening, {"all": alone, **{half: alone.part(d) for half, d in halves.items()}}
+        )
     parts.append(f"### {name}: the claims about secondary sinks")
     parts.append(claims(verdicts))
     regained = next((v for part, v in verdicts if (part, v.claim) == ("all", "weakening")), None)
@@ -219,7 +221,7 @@ def readers(scores: sl.SinkScores, sinks: sl.SinkMap, halves: dict[str, list[int
     words = {"any": "tokens drawn from the same sequence", "same_id": "tokens of the same id that are no sink"}
     lines = []
     for null, told in words.items():
-        found = sl.reading_heads(scores, sinks, null=null, permutations=4999)
+        found = sl.heads.reading_heads(scores, sinks, null=null, permutations=4999)
         strong = found[found.beta >= STRONG]
         by_layer = ", ".join(f"{layer}: {share:.2f}" for layer, share in found.groupby("layer").reads.mean().items())
         lines.append(
@@ -229,7 +231,7 @@ def readers(scores: sl.SinkScores, sinks: sl.SinkMap, halves: dict[str, list[int
     apart = {}
     for half, documents in halves.items():
         mine = tuple(s for s in sinks if sinks.tokens.documents[s.sequence] in documents)
-        apart[half] = sl.reading_heads(scores, replace(sinks, sinks=mine), null="same_id", permutations=4999)
+        apart[half] = sl.heads.reading_heads(scores, replace(sinks, sinks=mine), null="same_id", permutations=4999)
     joined = apart["discovery"].merge(apart["test"], on=["layer", "head"], suffixes=("", "_test"))
     chosen = joined[joined.reads & (joined.beta >= STRONG)]
     again = chosen[chosen.reads_test & (chosen.beta_test >= STRONG)]
@@ -244,7 +246,7 @@ def readers(scores: sl.SinkScores, sinks: sl.SinkMap, halves: dict[str, list[int
     )
 
 
-def tried(function: Any, traces: dict[str, sl.SinkTrace]) -> list[tuple[str, sl.Verdict]]:
+def tried(function: Any, traces: dict[str, sl.trace.SinkTrace]) -> list[tuple[str, sl.trace.Verdict]]:
     """A claim on several parts of the documents; left out where there is nothing to test."""
     found = []
     for words, trace in traces.items():
@@ -255,7 +257,7 @@ def tried(function: Any, traces: dict[str, sl.SinkTrace]) -> list[tuple[str, sl.
     return found
 
 
-def claims(verdicts: list[tuple[str, sl.Verdict]]) -> str:
+def claims(verdicts: list[tuple[str, sl.trace.Verdict]]) -> str:
     """What each claim comes to, and its numbers in all documents and in both halves."""
     words = {True: "holds", False: "does not hold", None: "is not decided"}
     lines = []
@@ -281,7 +283,7 @@ def quantities(numbers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([{"quantity": r["quantity"], "mean": between(r), "n": r["n"]} for r in rows])
 
 
-def causes(trace: sl.SinkTrace) -> str:
+def causes(trace: sl.trace.SinkTrace) -> str:
     """What replacing each component at a secondary sink does, and its controls."""
     table_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in trace.effects().to_dict("records"):

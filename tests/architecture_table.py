@@ -21,13 +21,13 @@ is refused, see below. – refused: `UnsupportedModelError` says why and what to
 """
 
 
-def mark(row: sl.SelfTest, function: str) -> str:
+def mark(row: sl.check.SelfTest, function: str) -> str:
     """The cell of one function."""
     found = row[function]
     return MARKS["partly" if found.outcome == "exact" and found.refused else found.outcome]
 
 
-def write(results: Mapping[str, sl.SelfTest], path: Path = PATH) -> None:
+def write(results: Mapping[str, sl.check.SelfTest], path: Path = PATH) -> None:
     """The table, the largest errors, and every refusal with its reason."""
     names = list(results)
     functions = [row.function for row in next(iter(results.values())).rows]

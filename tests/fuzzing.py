@@ -172,8 +172,8 @@ def oracle(name: str, given: dict[str, Any], found: Any) -> None:
     if isinstance(found, sl.SinkMap):
         assert all(0 <= s.onset <= s.end < found.n_layers and not s.mass < 0 for s in found)  # NaN: no query is far
     if name == "token_loss" and isinstance(found, torch.Tensor):
-        assert float(found[~found.isnan()].min()) >= 0 or not isinstance(given.get("hooks"), sl.Hooks)
-    if isinstance(found, sl.Hooks):
+        assert float(found[~found.isnan()].min()) >= 0 or not isinstance(given.get("hooks"), sl.ablate.Hooks)
+    if isinstance(found, sl.ablate.Hooks):
         assert len(found)
     if isinstance(found, dict) and name.rpartition(".")[2].startswith("write_"):
         assert all(Path(p).stat().st_size for p in found.values())

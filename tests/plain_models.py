@@ -100,11 +100,11 @@ def build(name: str, seed: int = 0) -> Any:
     return model
 
 
-def build_pair(name: str, seed: int = 0) -> tuple[Any, sl.PlainModel]:
+def build_pair(name: str, seed: int = 0) -> tuple[Any, sl.models.PlainModel]:
     """The transformers model, and a copy of it as sinklens loads it."""
     model = build(name, seed)
     plain = sl.load_model(copy.deepcopy(model))
-    assert isinstance(plain, sl.PlainModel)
+    assert isinstance(plain, sl.models.PlainModel)
     return model, plain
 
 

@@ -25,7 +25,7 @@ POSITION = 1 + WHITE[0] * SIDE + WHITE[1]
 
 def planted(
     ratio: float = 10.0, share: float = 0.5, *, writer: int = 2, layers: Sequence[int] = range(LAYERS)
-) -> sl.PlainModel:
+) -> sl.models.PlainModel:
     """``ratio``: the white patch's norm over the others' from block ``writer`` on; ``share``: its attention."""
     config = tf.Dinov2Config(
         hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, image_size=PATCH * SIDE,
@@ -55,11 +55,11 @@ def planted(
                     block.attention.q_proj.bias[at] = logit * math.sqrt(WIDTH // HEADS)
                     block.attention.k_proj.weight[at] = reads
     loaded = sl.load_model(model)
-    assert isinstance(loaded, sl.PlainModel)
+    assert isinstance(loaded, sl.models.PlainModel)
     return loaded
 
 
-def pictures(model: sl.PlainModel, count: int = 1) -> sl.Images:
+def pictures(model: sl.models.PlainModel, count: int = 1) -> sl.inputs.Images:
     """Black pictures with one white patch."""
     canvas = np.zeros((SIDE * PATCH, SIDE * PATCH, 3), dtype=np.uint8)
     canvas[WHITE[0] * PATCH : (WHITE[0] + 1) * PATCH, WHITE[1] * PATCH : (WHITE[1] + 1) * PATCH] = 255

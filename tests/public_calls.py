@@ -378,7 +378,7 @@ def call(name: str, world: World, arguments: Arguments | None = None) -> Any:
 
 def used(found: Any, model: Any, world: World) -> Any:
     """Run hooks on the tokens of the world, enter contexts with a forward inside."""
-    if isinstance(found, sl.Hooks):
+    if isinstance(found, sl.ablate.Hooks):
         with torch.no_grad():
             model.run_with_hooks(world.tokens.ids, attention_mask=world.tokens.mask, fwd_hooks=found, return_type=None)
     elif isinstance(found, contextlib._GeneratorContextManager):

@@ -39,7 +39,7 @@ OBJECTS: dict[str, Callable[[World], Any]] = {
     "SinkScores": lambda w: w.scores,
     "SinkTrace": lambda w: w.made,
     "Sweep": lambda w: w.result("sweep_ablation"),
-    "Thresholds": lambda w: sl.Thresholds(),
+    "Thresholds": lambda w: sl.find.Thresholds(),
     "TokenView": lambda w: w.result("attention_view"),
     "Tokens": lambda w: w.tokens,
     "TwoByTwo": lambda w: next(iter(w.result("decompose_sinks").effects.values())),

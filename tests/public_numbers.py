@@ -52,20 +52,20 @@ def numbers(model: Any, family: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     scores = sl.sink_scores(model, ids, progress=False)
     found |= {"sink_scores: alpha": scores.alpha, "sink_scores: beta": scores.beta}
-    seen = sl.attention_statistics(model, ids, [1], entropy=True, progress=False)
+    seen = sl.heads.attention_statistics(model, ids, [1], entropy=True, progress=False)
     for name in ("mass", "margin", "free_margin", "value_norm", "entropy"):
         found[f"attention_statistics: {name}"] = getattr(seen, name)
-    heads = sl.head_activity(model, ids, progress=False)
+    heads = sl.heads.head_activity(model, ids, progress=False)
     found |= {f"head_activity: {name}": getattr(heads, name) for name in ("ahon", "ahon_ln", "contribution")}
     if family != "neox":
-        collapse = sl.measure_collapse(model, ids, sinks=[0], progress=False)
+        collapse = sl.mixing.measure_collapse(model, ids, sinks=[0], progress=False)
         found["measure_collapse: all three"] = collapse.values
-        swaps = sl.perturbation_spread(model, ids, sinks=[0], n_swaps=8, progress=False)
+        swaps = sl.mixing.perturbation_spread(model, ids, sinks=[0], n_swaps=8, progress=False)
         found["perturbation_spread: relative"] = swaps.relative
         mixing = sl.measure_mixing(model, ids[:1], sinks=[0], probes=4, progress=False)
         found |= {f"measure_mixing: {name}": getattr(mixing, name) for name in ("mix", "via_sink", "spread")}
         if family == "gpt2":  # BERT's norms stand on the stream
-            found["path_sums: bounds"] = sl.path_sums(model, ids[:1, :16], sinks=[0], progress=False).bounds[0]
+            found["path_sums: bounds"] = sl.mixing.path_sums(model, ids[:1, :16], sinks=[0], progress=False).bounds[0]
         parts = sl.decompose_sinks(
             model, ids, [1], effects="all", metrics="embedding" if family == "bert" else "loss", progress=False
         )

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 import sinklens
-from sinklens.attention import backend as flash_backend
-from sinklens.attention import interface as registered
+from sinklens.attention import backend as flash_backend, interface as registered
 
 PACKAGE = str(Path(sinklens.__file__).parent)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -53,7 +53,7 @@ def pair_for(name: str) -> tuple[Any, Any, float]:
 
 
 def bias_of(model: Any, layer: int, head: int) -> Tensor | None:
-    found = value_bias(model, layer, sl.capabilities(model).n_heads)
+    found = value_bias(model, layer, sl.models.capabilities(model).n_heads)
     return None if found is None else found[head].detach()
 
 
@@ -81,7 +81,7 @@ def naive_reference(
     hf: Any, model: Any, rows: list[Tensor]
 ) -> tuple[dict[Any, Tensor], dict[Any, Tensor], dict[Any, float]]:
     """Mean values, mean (rotated) keys and mean margins at the sinks over reference sequences, by loops."""
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
     values: dict[Any, list[Tensor]] = {}
     keys: dict[Any, list[Tensor]] = {}
     margins: dict[Any, list[float]] = {}
@@ -168,15 +168,22 @@ def test_modes_with_means_equal_the_naive_edit(name: str, mode: str, options: di
 def planted_map(model: Any, rows: list[Tensor], places: dict[tuple[int, int], tuple[str, range]]) -> sl.SinkMap:
     """A SinkMap with hand-made sinks: {(sequence, position): (kind, layers)}."""
     tokens = batch_of(model, rows)
-    n_layers = sl.capabilities(model).n_layers
+    n_layers = sl.models.capabilities(model).n_layers
     sinks = tuple(
-        sl.Sink(b, p, "x", int(tokens.row(b)[p]), kind, "", layers[0], layers[-1], len(layers), 0.5, 0,
+        sl.find.Sink(b, p, "x", int(tokens.row(b)[p]), kind, "", layers[0], layers[-1], len(layers), 0.5, 0,
                 ((layers[0], layers[-1], 0.5),), (0.5,) * n_layers, (), True)
         for (b, p), (kind, layers) in places.items()
     )  # fmt: skip
     shape = (len(rows), n_layers, int(tokens.lengths.max()))
     return sl.SinkMap(
-        sinks, (None,) * len(rows), (), torch.zeros(shape), torch.zeros(shape), tokens, sl.Thresholds(), "attention"
+        sinks,
+        (None,) * len(rows),
+        (),
+        torch.zeros(shape),
+        torch.zeros(shape),
+        tokens,
+        sl.find.Thresholds(),
+        "attention",
     )
 
 
@@ -199,7 +206,7 @@ def left(tokens: sl.Tokens) -> sl.Tokens:
 
 def patterns(model: Any, ids: Tensor, hooks: Any, mask: Tensor | None = None) -> list[Tensor]:
     found: list[Tensor] = []
-    names = [f"blocks.{n}.attn.hook_pattern" for n in range(sl.capabilities(model).n_layers)]
+    names = [f"blocks.{n}.attn.hook_pattern" for n in range(sl.models.capabilities(model).n_layers)]
     reading = [(name, lambda t, hook: found.append(t.detach().clone())) for name in names]
     model.run_with_hooks(ids, attention_mask=mask, fwd_hooks=[*hooks, *reading], return_type=None)
     return found

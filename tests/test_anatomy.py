@@ -40,7 +40,7 @@ def declared_sinks(model: Any, ids: torch.Tensor) -> sl.SinkMap:
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "bert", "gpt-oss", "opt"])
-def case(request) -> tuple[str, Any, Any, torch.Tensor, sl.Anatomy]:
+def case(request) -> tuple[str, Any, Any, torch.Tensor, sl.find.Anatomy]:
     reference, model = build_pair(request.param)
     ids = random_rows((LENGTH,))[0]
     return request.param, reference, model, ids, sl.sink_anatomy(model, declared_sinks(model, ids))
@@ -77,7 +77,7 @@ def test_residual_quantities_equal_a_recomputation_from_hidden_states(case) -> N
 
 def test_margin_and_beta_equal_loops_over_queries(case) -> None:
     name, reference, model, ids, anatomy = case
-    causal = sl.capabilities(model).causal
+    causal = sl.models.capabilities(model).causal
     for layer, pattern in enumerate(eager_patterns(reference, ids)):
         for position in PLACES:
             queries = [i for i in range(LENGTH) if abs(i - position) >= 16 and (i > position or not causal)]
@@ -147,7 +147,7 @@ def value_parameters(name: str, reference: Any, layer: int) -> tuple[torch.Tenso
 
 def test_qk_is_the_score_before_scaling_and_splits_into_norms_and_cosine(case) -> None:
     name, _, model, ids, anatomy = case
-    if not sl.capabilities(model).scores_are_logits:
+    if not sl.models.capabilities(model).scores_are_logits:
         pytest.raises(sl.UnsupportedModelError, sl.attention_map, model, ids, layer=0, head=0, kind="logits")
         return
     scores: dict[int, torch.Tensor] = {}
@@ -160,7 +160,7 @@ def test_qk_is_the_score_before_scaling_and_splits_into_norms_and_cosine(case) -
 
     with torch.no_grad():
         model.run_with_hooks(ids[None], fwd_hooks=[(f"blocks.{i}.attn.hook_attn_scores", keep(i)) for i in range(2)])
-    window = sl.capabilities(model).windows
+    window = sl.models.capabilities(model).windows
     for layer in range(2):
         queries = [i for i in range(23, LENGTH) if window[layer] is None or i - 7 < (window[layer] or 0)]
         for head in range(4):

@@ -91,7 +91,7 @@ def test_every_function_is_exact_or_refused_as_expected(
         assert written[name] == cells, "docs/architectures.md is out of date: make architectures"
 
 
-TABLE: Any = pytest.StashKey[dict[str, sl.SelfTest]]()
+TABLE: Any = pytest.StashKey[dict[str, sl.check.SelfTest]]()
 
 
 def test_no_public_function_that_runs_a_model_is_left_out() -> None:

@@ -128,7 +128,7 @@ def test_variants_predict_the_same_tokens() -> None:
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((9, 9)))
     ids[:, 0] = 1
-    variants = sl.bos_variants(model, ids, replacement=50)
+    variants = sl.experiment.bos_variants(model, ids, replacement=50)
     assert list(variants) == ["keep", "removed", "replaced", "doubled", "middle"]
     rest = ids[0, 1:].tolist()
     assert variants["removed"].row(0).tolist() == rest
@@ -159,4 +159,4 @@ def test_bad_variants_say_what_to_do() -> None:
         (torch.arange(3, 9), 3, "begins with"),
     ):
         with pytest.raises(sl.BadInputError, match=message):
-            sl.bos_variants(model, ids, replacement=replacement)
+            sl.experiment.bos_variants(model, ids, replacement=replacement)

@@ -69,10 +69,11 @@ def test_no_token_runs_on_a_page_that_is_written(world: World, harmless: Callabl
 def test_no_token_runs_in_a_view_or_a_figure(world: World, harmless: Callable[[Path], Visit], tmp_path: Path) -> None:
     seen = harmless(world.sinks.token_view().save(tmp_path / "tokens.html"))
     assert "<\u2060wicked>" in seen.page.locator("[id^=circuits-vis]").inner_text(), "shown as what it is"
-    harmless(sl.attention_view(world.model, world.tokens, layer=1).save(tmp_path / "heads.html"))
+    harmless(sl.heads.attention_view(world.model, world.tokens, layer=1).save(tmp_path / "heads.html"))
     figures = (
         world.scores.plot(), world.scores.plot_positions(), world.sinks.plot(), world.made.plot(),
-        sl.attention_map(world.model, world.tokens, layer=0, head=0), sl.attention_grid(world.model, world.tokens),
+        sl.attention_map(world.model, world.tokens, layer=0, head=0),
+        sl.heads.attention_grid(world.model, world.tokens),
     )  # fmt: skip
     for number, figure in enumerate(figures):
         figure.write_html(tmp_path / f"{number}.html", include_plotlyjs=True)

@@ -11,8 +11,7 @@ from browsing import Visit
 from reporting import NASTY, SMALL, nasty, planted, texts
 
 import sinklens as sl
-from sinklens.report import export as exporting
-from sinklens.report import write as writing
+from sinklens.report import export as exporting, write as writing
 
 pytestmark = pytest.mark.browser
 

@@ -178,7 +178,7 @@ def numbers(world: World) -> list[torch.Tensor]:
     mixing = sl.compare_mixing(model, few, {"edit": edit}, probes=2, twin=True, **options)
     found += [one.maps[0] for one in mixing.conditions.values()]
     found.append(sl.measure_mixing(model, few, probes=2, route="reverse", **options).maps[0])
-    found += sl.path_sums(model, few, **options).bounds
+    found += sl.mixing.path_sums(model, few, **options).bounds
     return found
 
 

@@ -220,7 +220,7 @@ def test_ablate_prints_effects_beside_controls_and_writes_everything(tmp_path: P
     page = (out / "experiment.html").read_text()
     assert not re.search(r'<(script|link|img|iframe)[^>]+(src|href)="', page)
     assert page.count("plotly.js v") == 1
-    assert sl.Experiment.load(out / "experiment.safetensors").to_dataframe().shape[0] == 5
+    assert sl.experiment.Experiment.load(out / "experiment.safetensors").to_dataframe().shape[0] == 5
 
 
 @pytest.mark.real

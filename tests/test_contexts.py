@@ -48,7 +48,7 @@ def test_a_planted_token_sink_follows_its_token_and_not_its_position() -> None:
 def test_the_table_has_a_row_per_context_and_length() -> None:
     from test_tokens import model_with
 
-    table = sl.compare_contexts(
+    table = sl.find.compare_contexts(
         model_with(adds_bos=False), lengths=(40, 64), n_seqs=16, contexts=("shuffled", "random")
     )
     assert table[["context", "seq_len"]].to_numpy().tolist() == [
@@ -59,4 +59,4 @@ def test_the_table_has_a_row_per_context_and_length() -> None:
     ]
     assert table.low.notna().all(), "sixteen documents carry an interval"
     with pytest.raises(sl.BadInputError, match="unknown contexts prose"):
-        sl.compare_contexts(model_with(adds_bos=False), contexts=("prose",))
+        sl.find.compare_contexts(model_with(adds_bos=False), contexts=("prose",))

@@ -32,12 +32,12 @@ SINKS = [0, 3]
 LENGTH = 60
 
 
-def decomposed(model: Any, **options: Any) -> sl.SinkDecomposition:
+def decomposed(model: Any, **options: Any) -> sl.decompose.SinkDecomposition:
     ids = torch.stack(random_rows((LENGTH,) * 3))
     return sl.decompose_sinks(model, ids, SINKS, **{"effects": (), "progress": False, **options})
 
 
-def visible(facts: sl.Capabilities, layer: int, i: int) -> list[int]:
+def visible(facts: sl.models.Capabilities, layer: int, i: int) -> list[int]:
     window = facts.windows[layer] or LENGTH
     last = i + 1 if facts.causal else min(LENGTH, i + window)
     return list(range(max(0, i - window + 1), last))
@@ -45,7 +45,7 @@ def visible(facts: sl.Capabilities, layer: int, i: int) -> list[int]:
 
 def naive_margins(model: Any, scores: Tensor, layer: int, head: int, sink: int) -> dict[str, float]:
     """Margin, gap, peakedness and log |R| of one sink in one head by the formulas, from a matrix of scores."""
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
     learned = learned_of(model, layer, head)
     rows = []
     for i in range(LENGTH):
@@ -65,7 +65,7 @@ def naive_margins(model: Any, scores: Tensor, layer: int, head: int, sink: int) 
 
 def host_scores(hf: Any, model: Any, ids: Tensor) -> dict[int, Tensor]:
     """Scores of every layer [head, query, key] from the plain Hugging Face model's own rotated queries and keys."""
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
 
     def row(layer: int, b: int, h: int, i: int, scores: Tensor, values: Tensor, seen: list[int]) -> Tensor:
         return naive_row(scores, values, seen, set(), "zero", learned=learned_of(model, layer, h))  # S empty: unedited
@@ -117,7 +117,7 @@ def test_terms_rebuild_the_hosts_scores_at_every_position(name: str) -> None:
         model, tolerance = sl.load_model(hf.double()), 1e-9
     else:
         (_, model), tolerance = build_pair(name), 1e-4
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
     ids = torch.stack(random_rows((LENGTH,)))
     rest = torch.ones(LENGTH, dtype=torch.bool)
     rest[SINKS] = False
@@ -164,7 +164,7 @@ def test_components_sum_to_the_stream_the_key_and_the_query(name: str) -> None:
 
         return hook
 
-    layers = range(sl.capabilities(model).n_layers)
+    layers = range(sl.models.capabilities(model).n_layers)
     names = [f"blocks.{n}.{p}" for n in layers for p in (*INSIDE, *ENDS)] + list(EMBEDDINGS)
     model.run_with_hooks(ids, fwd_hooks=[(n, keep(n)) for n in names if has_hook(model, n)])
     inputs = read_layers(model, ids, torch.ones(LENGTH, dtype=torch.bool), layers)
@@ -339,7 +339,7 @@ def test_means_and_bias_share_follow_the_formulas_on_llama() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt-oss", "bert"])
 def test_what_is_written_follows_the_pattern(name: str) -> None:
     _, model = build_pair(name)
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
     ids = torch.stack(random_rows((LENGTH,) * 3))
     found = decomposed(model)
     layer, seen = 1, {}
@@ -390,7 +390,7 @@ def test_direct_writes_follow_the_norms_by_hand(name: str) -> None:
     hf, model = build_pair(name)
     ids = torch.stack(random_rows((LENGTH,) * 3))
     found = decomposed(model)
-    layer, seen = sl.capabilities(model).n_layers - 1, {}
+    layer, seen = sl.models.capabilities(model).n_layers - 1, {}
 
     def keep(name: str) -> Any:
         def hook(tensor: Tensor, hook: Any) -> None:
@@ -411,7 +411,7 @@ def test_direct_writes_follow_the_norms_by_hand(name: str) -> None:
         post_gain = hf.model.layers[layer].post_attention_layernorm.weight.detach().double() + 1
         post_scale = (seen[names[4]][0].pow(2).mean(-1) + 1e-6).rsqrt()
     unembed = hf.lm_head.weight.detach().double()
-    window = sl.capabilities(model).windows[layer] or LENGTH
+    window = sl.models.capabilities(model).windows[layer] or LENGTH
     queries = [i for i in range(16, LENGTH) if i < window]
     w_o = model.blocks[layer].attn.W_O.detach().double()
     added = {i: torch.zeros(32).double() for i in queries}
@@ -462,7 +462,7 @@ def test_bad_input_is_refused() -> None:
 def test_result_is_written_and_read_whole(tmp_path: Path) -> None:
     _, model = build_pair("llama")
     found = decomposed(model, effects=("all", "layer", "head"), exact_heads=2)
-    again = sl.SinkDecomposition.load(found.save(tmp_path / "found.safetensors"))
+    again = sl.decompose.SinkDecomposition.load(found.save(tmp_path / "found.safetensors"))
     assert torch.equal(again.values.nan_to_num(), found.values.nan_to_num())
     assert again.summary() == found.summary()
     assert again.to_dataframe().equals(found.to_dataframe())
@@ -515,7 +515,7 @@ def test_numbers_do_not_depend_on_padding_or_on_what_stands_beside(tmp_path: Pat
         sl.decompose_sinks(model, batch[0], [0], effects=(), reference=batch[0], progress=False)
     (tmp_path / "half").write_bytes(straight.save(tmp_path / "whole").read_bytes()[:1000])
     with pytest.raises(sl.BadInputError, match="not a complete"):
-        sl.SinkDecomposition.load(tmp_path / "half")
+        sl.decompose.SinkDecomposition.load(tmp_path / "half")
 
 
 def test_the_cell_without_mass_is_as_long_as_the_formula_says() -> None:

@@ -17,11 +17,11 @@ from sinklens.streaming import (
     EvictionStudy,
     StreamingLoss,
     eviction_study,
+    loss as streaming_losses,
     streaming_attention,
     streaming_loss,
     write_streaming,
 )
-from sinklens.streaming import loss as streaming_losses
 
 PLACES = {(0, 0): ("primary", range(2)), (0, 30): ("secondary", range(1)), (1, 7): ("primary", range(2))}
 

@@ -190,7 +190,7 @@ def test_resuming_gives_the_same_and_runs_nothing_twice(model: Any, tmp_path: Pa
     def counted(tensor: Tensor, hook: Any) -> None:
         calls.append(1)
 
-    def go(seed: int = 0) -> sl.Experiment:
+    def go(seed: int = 0) -> sl.experiment.Experiment:
         hooks = [*sl.ablate_sinks(model, [0]), ("blocks.0.hook_in", counted)]
         return sl.run_experiment(model, ids, {"mine": hooks}, controls=(), resume=tmp_path / "run", seed=seed)
 
@@ -219,7 +219,7 @@ def test_resuming_gives_the_same_and_runs_nothing_twice(model: Any, tmp_path: Pa
 
 def test_saving_and_loading_keeps_everything(model: Any, tmp_path: Path) -> None:
     e = sl.run_experiment(model, texts(), {"zero": sl.ablate_sinks(model, [0], "zero")}, controls=("random",))
-    back = sl.Experiment.load(e.save(tmp_path / "e.safetensors"))
+    back = sl.experiment.Experiment.load(e.save(tmp_path / "e.safetensors"))
     assert back.to_dataframe().equals(e.to_dataframe())
     assert back.side_effects().equals(e.side_effects())
     assert back.runs == e.runs
@@ -258,7 +258,7 @@ def test_own_metrics_own_controls_and_the_twin(model: Any) -> None:
 def test_discovery_and_test_halves_are_apart(model: Any) -> None:
     seen: list[sl.Tokens] = []
 
-    def build(discovery: sl.Tokens) -> sl.Hooks:
+    def build(discovery: sl.Tokens) -> sl.ablate.Hooks:
         seen.append(discovery)
         return sl.ablate_sinks(model, [0])
 
@@ -301,7 +301,7 @@ def test_sequences_that_share_forwards_are_measured_as_if_alone(sunk: Any, monke
         forwards.append(len(ids))
         return rows(model, ids, *rest)
 
-    def go() -> sl.Experiment:
+    def go() -> sl.experiment.Experiment:
         forwards.clear()
         return sl.run_experiment(model, tokens, edits, controls=("random", "recent"), sinks=sinks)
 
@@ -342,7 +342,7 @@ def test_a_group_that_was_interrupted_gives_the_same_bits(sunk: Any, tmp_path: P
     model, tokens, sinks = sunk
     edits = {"zero": sl.ablate_sinks(model, sinks, "zero")}
 
-    def go(folder: Path) -> sl.Experiment:
+    def go(folder: Path) -> sl.experiment.Experiment:
         return sl.run_experiment(model, tokens, edits, controls=("random",), sinks=sinks, resume=folder)
 
     whole = go(tmp_path)
@@ -365,7 +365,7 @@ def test_an_edit_that_leaves_no_numbers_is_refused_and_not_taken_for_missing_val
         lambda: sl.token_loss(model, ids, hooks=broken),
         lambda: sl.run_experiment(model, ids, {"broken": broken}, controls=(), progress=False),
         lambda: sl.measure_mixing(model, ids, hooks=broken, sinks=[0], probes=2, progress=False),
-        lambda: sl.jacobian_norms(model, ids, [(1, 5, 2)], hooks=broken),
+        lambda: sl.mixing.jacobian_norms(model, ids, [(1, 5, 2)], hooks=broken),
     ):
         with pytest.raises(sl.BadInputError, match="NaN or infinite"):
             run()
@@ -383,7 +383,9 @@ def test_a_text_that_occurs_twice_gets_its_own_edit_whatever_runs_beside_it(mode
     few = tokens[[0, 19]].first(12)
     near = Places(tokens=few, entries=(Place(0, 3, None, "primary"), Place(1, 7, None, "primary")))
     mixed = sl.measure_mixing(model, few, hooks=sl.ablate_sinks(model, near), sinks=[], probes=2, progress=False)
-    collapsed = sl.measure_collapse(model, few, conditions={"edit": sl.ablate_sinks(model, near)}, progress=False)
+    collapsed = sl.mixing.measure_collapse(
+        model, few, conditions={"edit": sl.ablate_sinks(model, near)}, progress=False
+    )
     for n, (b, there) in enumerate(((0, 3), (19, 31))):
         one, alone = tokens.ids[b : b + 1], sl.ablate_sinks(model, [there])
         naive = sl.token_loss(model, one, hooks=alone)[0]
@@ -396,5 +398,5 @@ def test_a_text_that_occurs_twice_gets_its_own_edit_whatever_runs_beside_it(mode
         short, at = few.ids[n : n + 1], sl.ablate_sinks(model, [(3, 7)[n]])
         maps = sl.measure_mixing(model, short, hooks=at, sinks=[], probes=2, progress=False).maps[0]
         torch.testing.assert_close(mixed.maps[n], maps, atol=1e-5, rtol=1e-4)
-        states = sl.measure_collapse(model, short, conditions={"edit": at}, progress=False).values
+        states = sl.mixing.measure_collapse(model, short, conditions={"edit": at}, progress=False).values
         torch.testing.assert_close(collapsed.values[:, n], states[:, 0], atol=1e-5, rtol=1e-4)

@@ -12,8 +12,7 @@ import fuzzing
 import jaxtyping
 import pytest
 from counting import count
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from public_calls import PUBLIC, World, call
 
 import sinklens as sl

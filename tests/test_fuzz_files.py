@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from counting import count
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from killing import whole_gguf
 from public_calls import World
 from test_fuzz import CASES, SECONDS, deadline, fuzz

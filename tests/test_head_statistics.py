@@ -63,7 +63,7 @@ def test_statistics_equal_loops_on_both_backends(name: str) -> None:
     tokens = batch_of(model, rows)
     want = [naive_statistics(hf, model, ids) for ids in rows]
     for backend in ("hooks", "flash"):
-        found = sl.attention_statistics(model, tokens, list(SINKS), entropy=True, backend=backend)
+        found = sl.heads.attention_statistics(model, tokens, list(SINKS), entropy=True, backend=backend)
         assert found.info["backend"] == backend
         assert found.sinks == (SINKS, SINKS)
         assert found.mass[1, :, :, 40:].isnan().all()
@@ -87,7 +87,7 @@ def test_the_margin_holds_where_the_mass_is_one() -> None:
     ids = random_rows((40,))[0]
     want = naive_statistics(hf, model, ids)["margin"]
     for backend in ("hooks", "flash"):
-        found = sl.attention_statistics(model, ids[None], list(SINKS), backend=backend)
+        found = sl.heads.attention_statistics(model, ids[None], list(SINKS), backend=backend)
         certain = (found.mass[0] == 1) & found.margin[0].isfinite()
         assert certain.any()
         for layer, h, i in certain.nonzero().tolist():
@@ -102,18 +102,18 @@ def test_maps_predicates_and_a_round_trip(tmp_path: Path) -> None:
     sinks = planted_map(
         model, rows, {(0, 0): ("primary", range(2)), (0, 5): ("secondary", range(1)), (1, 3): ("primary", range(2))}
     )
-    found = sl.attention_statistics(model, tokens, sinks)
+    found = sl.heads.attention_statistics(model, tokens, sinks)
     assert found.sinks == ((0, 5), (3,))
     assert found.free_margin.shape == (2, 2, 4, 2)
     assert found.free_margin[1, :, :, 1].isnan().all()
-    by_id = sl.attention_statistics(model, tokens, lambda ids: ids == int(rows[0][5]))
+    by_id = sl.heads.attention_statistics(model, tokens, lambda ids: ids == int(rows[0][5]))
     assert 5 in by_id.sinks[0]
     table = found.to_dataframe()
     assert len(table) == 2 * 2 * 4
     first = table[(table.sequence == 0) & (table.layer == 1) & (table["head"] == 2)].iloc[0]
     usable = found.margin[0, 1, 2].isfinite()
     assert first["mass"] == pytest.approx(float(found.mass[0, 1, 2][usable].mean()))
-    back = sl.AttentionStatistics.load(found.save(tmp_path / "statistics.safetensors"))
+    back = sl.heads.AttentionStatistics.load(found.save(tmp_path / "statistics.safetensors"))
     assert back.sinks == found.sinks
     assert torch.equal(back.margin.nan_to_num(), found.margin.nan_to_num())
     assert "mass" in back.plot().layout.title.text
@@ -123,12 +123,12 @@ def test_bad_requests_say_what_to_do() -> None:
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((20,)))
     with pytest.raises(sl.BadInputError, match="out of range"):
-        sl.attention_statistics(model, ids, [20])
+        sl.heads.attention_statistics(model, ids, [20])
     with pytest.raises(sl.BadInputError, match="is about tokens"):
-        sl.attention_statistics(build_pair("gpt-oss")[1], ids, "learned")
+        sl.heads.attention_statistics(build_pair("gpt-oss")[1], ids, "learned")
     other = planted_map(model, random_rows((30,), seed=3), {(0, 0): ("primary", range(2))})
     with pytest.raises(sl.BadInputError, match="other tokens"):
-        sl.attention_statistics(model, ids, other)
+        sl.heads.attention_statistics(model, ids, other)
     with pytest.raises(sl.BadInputError, match="positions must lie"):
         sl.sink_scores(model, ids, positions=[20])
     few = sl.sink_scores(model, random_rows((90,))[0][None], positions=0)

@@ -173,10 +173,10 @@ def test_a_batch_can_be_chosen_from_joined_and_saved(model: PlainModel, tmp_path
     images = sl.load_images(model, [picture(seed=i) for i in range(3)])
     some = images[[2, 0]]
     assert torch.equal(some.pictures, images.pictures[[2, 0]])
-    joined = sl.Images.concatenate([images[0], images[1:]])
+    joined = sl.inputs.Images.concatenate([images[0], images[1:]])
     assert joined.digest == images.digest != some.digest
     again = sl.Tokens.load(images.save(tmp_path / "images.safetensors"))
-    assert isinstance(again, sl.Images)
+    assert isinstance(again, sl.inputs.Images)
     assert again.digest == images.digest
     assert again.labels == images.labels
     with pytest.raises(sl.BadInputError, match="no padding"):
@@ -184,28 +184,28 @@ def test_a_batch_can_be_chosen_from_joined_and_saved(model: PlainModel, tmp_path
     with pytest.raises(sl.BadInputError, match="no picture"):
         images.first(3)
     with pytest.raises(sl.BadInputError, match="one size"):
-        sl.Images.concatenate([images, sl.load_images(model, picture(), size=16)])
+        sl.inputs.Images.concatenate([images, sl.load_images(model, picture(), size=16)])
 
 
 def test_scores_and_sinks_keep_the_pictures(model: PlainModel, tmp_path: Path) -> None:
     images = sl.load_images(model, [picture(seed=1), picture(seed=2)])
     scores = sl.sink_scores(model, images)
     again = sl.SinkScores.load(scores.save(tmp_path / "scores.safetensors"))
-    assert isinstance(again.tokens, sl.Images)
+    assert isinstance(again.tokens, sl.inputs.Images)
     figure: Any = again.plot_image(1, layers=[1])
     drawn = torch.tensor(figure.data[0].z)
     share = scores.alpha[1, 1].double().mean(0)[1:].view(8, 8) * 65
     torch.testing.assert_close(drawn.double(), share.log2(), atol=1e-6, rtol=0)
     assert len(figure.to_dict()["layout"]["images"]) == 2
     sinks = sl.find_sinks(model, images, scores=scores, activity=0.01)
-    assert isinstance(sl.SinkMap.load(sinks.save(tmp_path / "sinks.safetensors")).tokens, sl.Images)
+    assert isinstance(sl.SinkMap.load(sinks.save(tmp_path / "sinks.safetensors")).tokens, sl.inputs.Images)
 
 
 @pytest.mark.parametrize("wrong", [{"image": 2}, {"layers": [2]}, {"layers": []}, {"heads": [9]}])
 def test_a_map_of_what_is_not_there_is_refused(wrong: dict, model: PlainModel) -> None:
     scores = sl.sink_scores(model, sl.load_images(model, picture()))
     with pytest.raises(sl.BadInputError, match="out of range|must be|must lie"):
-        sl.image_map(scores, **wrong)
+        sl.find.image_map(scores, **wrong)
 
 
 def test_without_pillow_the_extra_is_named(model: PlainModel, monkeypatch) -> None:
@@ -216,7 +216,7 @@ def test_without_pillow_the_extra_is_named(model: PlainModel, monkeypatch) -> No
 
 def test_the_page_holds_a_map_per_picture(model: PlainModel, tmp_path: Path) -> None:
     images = sl.load_images(model, [picture(seed=1), picture(seed=2)])
-    paths = sl.write_images(sl.sink_scores(model, images), sl.register_tokens(model, images), tmp_path)
+    paths = sl.find.write_images(sl.sink_scores(model, images), sl.find.register_tokens(model, images), tmp_path)
     page = paths["images.html"].read_text()
     assert page.count("Attention on the patches of image") == 2
     assert "data:image/png;base64" in page

@@ -50,7 +50,7 @@ def test_blocks_and_probed_norms_are_those_of_the_dense_jacobian(name: str) -> N
         assert (squares[..., n] - naive).abs().max() < 1e-4 * float(naive.max())
     top = torch.linalg.matrix_norm(whole[1, 5, :, 2], 2)
     assert spectral_norm(stream, 1, 5, 2, steps=300, tolerance=1e-9) == pytest.approx(float(top), rel=1e-3)
-    if sl.capabilities(model).causal:
+    if sl.models.capabilities(model).causal:
         assert float(squares[:, :, :2, 1].abs().max()) == 0.0  # nothing before a token depends on it
 
 

@@ -64,16 +64,17 @@ def results() -> dict[str, Any]:
     assert parts.claims is not None
     found = [
         scores, tokens, sinks, sinks.sinks[0], edit, parts, parts.subjects[0], parts.claims, parts.effects["all"],
-        sl.run_experiment(model, tokens, {NASTY: edit}, controls=("random",)), sl.capabilities(model), sl.Thresholds(),
-        sl.sweep_ablation(model, tokens, [0], "zero", over="layer"), sl.attention_statistics(model, tokens, [0]),
+        sl.run_experiment(model, tokens, {NASTY: edit}, controls=("random",)), sl.models.capabilities(model),
+        sl.find.Thresholds(),
+        sl.sweep_ablation(model, tokens, [0], "zero", over="layer"), sl.heads.attention_statistics(model, tokens, [0]),
         sl.sink_anatomy(model, sinks), sl.trace_sinks(model, tokens, sinks, causal=False),
-        sl.perturbation_spread(llama, few, sinks=[0], n_swaps=2),
+        sl.mixing.perturbation_spread(llama, few, sinks=[0], n_swaps=2),
         sl.compare_mixing(llama, few, without, sinks=[0], probes=2),
-        sl.measure_mixing(llama, few, sinks=[0], probes=2), sl.path_sums(llama, few, sinks=[0]),
-        sl.measure_collapse(llama, few, without, sinks=[0]),
-        sl.bos_variants(llama, ids), streaming_loss(llama, ids, sinks=1, recent=8),
-        eviction_study(llama, ids, recent=(8,)), sl.NamedTokens((1,), (NASTY,)),
-        sl.Verdict(NASTY, NASTY, None, rule, pd.DataFrame(), NASTY),
+        sl.measure_mixing(llama, few, sinks=[0], probes=2), sl.mixing.path_sums(llama, few, sinks=[0]),
+        sl.mixing.measure_collapse(llama, few, without, sinks=[0]),
+        sl.experiment.bos_variants(llama, ids), streaming_loss(llama, ids, sinks=1, recent=8),
+        eviction_study(llama, ids, recent=(8,)), sl.inputs.NamedTokens((1,), (NASTY,)),
+        sl.trace.Verdict(NASTY, NASTY, None, rule, pd.DataFrame(), NASTY),
     ]  # fmt: skip
     return {type(one).__name__: one for one in found}
 

@@ -30,9 +30,7 @@ import sinklens as sl
 from sinklens import lab, sweep
 from sinklens.cli import app
 from sinklens.models import fetch as embedded
-from sinklens.report import export as exporting
-from sinklens.report import run_stages as running
-from sinklens.report import write as writing
+from sinklens.report import export as exporting, run_stages as running, write as writing
 
 KILLS = int(os.environ.get("SINKLENS_KILLS", "2"))  # per stage; six stages
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -201,7 +199,7 @@ def table(folder: Path) -> str:
 def test_a_report_survives_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = planted_model(3, {X: 6.0, Y: 4.5}, {X: range(1, 3), Y: range(1, 2)}, writes=0.02)
     tokens = texts(model, 2)
-    sl.capabilities(model)  # proven before the fork
+    sl.models.capabilities(model)  # proven before the fork
     stopped = SimpleNamespace(perf_counter=lambda: 0.0, process_time=lambda: 0.0, monotonic=lambda: 0.0)
     for module in (running, writing):
         monkeypatch.setattr(module, "time", stopped)  # no file but the manifest and the page holds a time then

@@ -153,7 +153,7 @@ def test_a_hook_on_the_pattern_moves_the_logits(kind: str) -> None:
 
 def test_the_proof_says_what_is_a_softmax() -> None:
     for kind in KINDS:
-        facts = sl.capabilities(sl.load_model(lab_model(kind)))
+        facts = sl.models.capabilities(sl.load_model(lab_model(kind)))
         assert facts.softmax == (kind not in NO_SOFTMAX)
         assert facts.shares == (kind not in ("sigmoid", "relu"))
         assert facts.learned_sinks == (kind in ("off_by_one", "sink_logit"))

@@ -159,7 +159,7 @@ def test_an_untrained_twin_has_other_weights_of_the_same_shape(tmp_path: Path) -
     from sinklens.models.load import untrained_twin
 
     twin = untrained_twin(bridge, seed=7)
-    assert sl.capabilities(twin) == sl.capabilities(bridge)
+    assert sl.models.capabilities(twin) == sl.models.capabilities(bridge)
     ids = evaluation_batch(SHORT).ids
     assert not torch.allclose(twin(ids), bridge(ids), atol=1e-3)
 

@@ -87,7 +87,7 @@ def test_experiments_on_encoders_equal_the_naive_edit_of_every_masked_copy(name:
     edits: dict[str, Any] = {
         "positions": sl.ablate_sinks(model, [0, 3], "zero"),
         "map": sl.ablate_sinks(model, found),
-        "named": sl.ablate_sinks(model, sl.named_tokens(model, token, int(rows[1][1])), "scale", g=3.0),
+        "named": sl.ablate_sinks(model, sl.inputs.named_tokens(model, token, int(rows[1][1])), "scale", g=3.0),
     }
     e = sl.run_experiment(
         model, found.tokens, edits, controls=(), sinks=None, mask_id=MASK, backend=backend, progress=False
@@ -155,7 +155,11 @@ def test_special_tokens_are_not_scored_and_the_mask_is_found(worded: tuple[Any, 
     assert loss[0].isnan().nonzero().flatten().tolist() == [0, 5, 9]
     assert float(loss[0, 2]) == pytest.approx(float(-naive_pseudo(hf, ids, 2, 4)[6]), abs=1e-5)
     e = sl.run_experiment(
-        model, text, {"cls": sl.ablate_sinks(model, sl.named_tokens(model, "[CLS]"))}, controls=(), progress=False
+        model,
+        text,
+        {"cls": sl.ablate_sinks(model, sl.inputs.named_tokens(model, "[CLS]"))},
+        controls=(),
+        progress=False,
     )
     scored = (~e.metrics["loss"][1, 0].isnan()).nonzero().flatten().tolist()
     assert scored == [1, 2, 3, 4, 6, 7, 8]
@@ -165,23 +169,23 @@ def test_special_tokens_are_not_scored_and_the_mask_is_found(worded: tuple[Any, 
 
 def test_tokens_are_named_by_name_text_or_id(worded: tuple[Any, Any]) -> None:
     _, model = worded
-    assert sl.named_tokens(model, "[CLS]", "[SEP]", 5, "a").ids == (2, 3, 5)
-    assert sl.named_tokens(model).labels == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    where = sl.named_tokens(model, "[SEP]")(sl.load_tokens(model, ["a b", "c d e"]).ids)
+    assert sl.inputs.named_tokens(model, "[CLS]", "[SEP]", 5, "a").ids == (2, 3, 5)
+    assert sl.inputs.named_tokens(model).labels == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    where = sl.inputs.named_tokens(model, "[SEP]")(sl.load_tokens(model, ["a b", "c d e"]).ids)
     assert where.nonzero().tolist() == [[0, 3], [1, 4]]
     text = sl.load_tokens(model, ["a b c d e f"])
-    by_name = sl.ablate_sinks(model, sl.named_tokens(model, "[CLS]", "[SEP]"))
+    by_name = sl.ablate_sinks(model, sl.inputs.named_tokens(model, "[CLS]", "[SEP]"))
     by_place = sl.ablate_sinks(model, [0, 7])
     edited = [model.run_with_hooks(text.ids, fwd_hooks=hooks) for hooks in (by_name, by_place)]
     assert torch.equal(*edited)
     assert not torch.equal(edited[0], model(text.ids))
     for name, message in (("a b", "no token of this model but 2"), (99999, "outside the vocabulary")):
         with pytest.raises(sl.BadInputError, match=message):
-            sl.named_tokens(model, name)
+            sl.inputs.named_tokens(model, name)
     _, bare = build_pair("bert")
     for names, message in ((("[CLS]",), "give the token's id"), ((), "names no special tokens")):
         with pytest.raises(sl.BadInputError, match=message):
-            sl.named_tokens(bare, *names)
+            sl.inputs.named_tokens(bare, *names)
 
 
 def test_found_sinks_say_whether_they_are_special_tokens(worded: tuple[Any, Any], tmp_path: Path) -> None:
@@ -228,7 +232,7 @@ def test_pictures_show_attention_both_ways() -> None:
     hf.set_attn_implementation("eager")
     with torch.no_grad():
         expected = hf(ids[None], output_attentions=True).attentions
-    grid: Any = sl.attention_grid(model, ids, head=2)
+    grid: Any = sl.heads.attention_grid(model, ids, head=2)
     assert len(grid.data) == 2
     for layer, cell in enumerate(grid.data):
         shown = torch.tensor([[float(v) for v in row] for row in cell.z])
@@ -305,7 +309,7 @@ def test_experiments_on_encoders_have_intervals_controls_and_can_be_resumed(
     assert table.kl[1] > 0.01
     assert table.beyond_low.notna()[2]
     assert (~e.metrics["kl"][1].isnan()).sum(-1).tolist() == [5] * 16
-    back = sl.Experiment.load(e.save(tmp_path / "e.safetensors"))
+    back = sl.experiment.Experiment.load(e.save(tmp_path / "e.safetensors"))
     assert back.to_dataframe().equals(table)
     assert back.info["mask_id"] == 4
     assert any("masked tokens" in note for note in back.notes)
@@ -323,7 +327,7 @@ def test_experiments_on_encoders_have_intervals_controls_and_can_be_resumed(
 
 def test_bos_variants_and_matched_damage_use_the_pseudo_loss(trained: tuple[Any, Any]) -> None:
     hf, model = trained
-    variants = sl.bos_variants(model, text_from(2))
+    variants = sl.experiment.bos_variants(model, text_from(2))
     losses = variants.losses(model)
     for name, tokens in variants.items():
         ids = tokens.row(0)
@@ -333,7 +337,7 @@ def test_bos_variants_and_matched_damage_use_the_pseudo_loss(trained: tuple[Any,
     assert len({tuple(tokens.row(0)[variants.targets[n][0]].tolist()) for n, tokens in variants.items()}) == 1
     edit = sl.ablate_sinks(model, [4, 5, 6], "zero")
     cost = float(sl.token_loss(model, text_from(2), hooks=edit).nanmean())
-    matched = sl.matched_damage(model, text_from(2), edit, progress=False)
+    matched = sl.experiment.matched_damage(model, text_from(2), edit, progress=False)
     assert matched.target == pytest.approx(cost, abs=1e-5)
     assert matched.loss == pytest.approx(cost, abs=0.021)
 
@@ -347,8 +351,8 @@ def test_what_has_no_pseudo_loss_is_refused_with_the_reason(worded: tuple[Any, A
     for call in (
         lambda: sl.token_loss(bare, ids),
         lambda: sl.run_experiment(bare, ids, edit, controls=()),
-        lambda: sl.matched_damage(bare, ids, edit["x"], progress=False),
-        lambda: sl.bos_variants(bare, ids).losses(bare),
+        lambda: sl.experiment.matched_damage(bare, ids, edit["x"], progress=False),
+        lambda: sl.experiment.bos_variants(bare, ids).losses(bare),
     ):
         with pytest.raises(sl.UnsupportedModelError, match=r"no next token but masked ones.*mask_id="):
             call()

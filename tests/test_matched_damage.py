@@ -31,7 +31,7 @@ def test_the_loss_is_matched(name: str) -> None:
     found = None
     for seed in range(20):  # some noise helps a random model at any size; the search says so
         try:
-            found = sl.matched_damage(model, ids, edit, tolerance=1e-3, seed=seed, progress=False)
+            found = sl.experiment.matched_damage(model, ids, edit, tolerance=1e-3, seed=seed, progress=False)
             break
         except sl.BadInputError as error:
             assert "at most" in str(error)  # noqa: PT017
@@ -104,10 +104,10 @@ def test_bad_requests_say_what_to_do() -> None:
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((40,)))
     with pytest.raises(sl.BadInputError, match="no damage to match"):
-        sl.matched_damage(model, ids, [], progress=False)
+        sl.experiment.matched_damage(model, ids, [], progress=False)
     with pytest.raises(sl.BadInputError, match="kind must be"):
-        sl.matched_damage(model, ids, [], kind="other", progress=False)
+        sl.experiment.matched_damage(model, ids, [], kind="other", progress=False)
     with pytest.raises(sl.BadInputError, match="out of range"):
-        sl.matched_damage(model, ids, [], layers=[9], progress=False)
+        sl.experiment.matched_damage(model, ids, [], layers=[9], progress=False)
     with pytest.raises(sl.UnsupportedModelError):
-        sl.matched_damage(build_pair("bert")[1], ids, [], progress=False)
+        sl.experiment.matched_damage(build_pair("bert")[1], ids, [], progress=False)

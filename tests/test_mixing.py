@@ -48,7 +48,7 @@ def test_indices_are_those_of_the_dense_jacobian(name: str) -> None:
     assert list(found.conditions) == ["base", "without"]
     for label, hooks in (("base", []), ("without", edited)):
         for b in range(2):
-            expected = naive(Stream(model, ids[b : b + 1], hooks), {0, 3}, sl.capabilities(model).causal)
+            expected = naive(Stream(model, ids[b : b + 1], hooks), {0, 3}, sl.models.capabilities(model).causal)
             for index, values in expected.items():
                 assert getattr(found[label], index)[b].tolist() == pytest.approx(values, rel=1e-4), (index, label, b)
     assert not torch.allclose(found["base"].mix, found["without"].mix)
@@ -179,17 +179,17 @@ def test_tables_figures_and_files(tmp_path: Path) -> None:
     assert gone["mean"] == 0.0
     assert math.isnan(gone["log_ratio"])
     assert gone["difference"] == pytest.approx(-float(found["base"].via_sink[:, 0].double().mean()), rel=1e-5)
-    again = sl.MixingComparison.load(found.save(tmp_path / "mixing.safetensors"))
+    again = sl.mixing.MixingComparison.load(found.save(tmp_path / "mixing.safetensors"))
     assert again.to_dataframe().equals(table)
     assert repr(again) == repr(found)
     assert again.plot().to_json() == found.plot().to_json()
     one = found["without"]
-    alone = sl.Mixing.load(one.save(tmp_path / "one.safetensors"))
+    alone = sl.mixing.Mixing.load(one.save(tmp_path / "one.safetensors"))
     assert alone.to_dataframe().equals(one.to_dataframe())
     assert torch.equal(alone.interval(3)[1], one.interval(3)[1])
     assert alone.plot_map(2).to_json() == one.plot_map(2).to_json()
     with pytest.raises(sl.BadInputError, match="holds a Mixing,"):
-        sl.MixingComparison.load(tmp_path / "one.safetensors")
+        sl.mixing.MixingComparison.load(tmp_path / "one.safetensors")
     share = found.influence(2)
     assert share[share.condition == "base"].share.sum() == pytest.approx(1)
     near = found.distances()
@@ -234,18 +234,18 @@ def test_lengths_are_comparisons_of_prefixes() -> None:
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((9, 9)))
     edits = {"without": sl.ablate_sinks(model, [0])}
-    table = sl.mixing_by_length(model, ids, [5, 9], edits, sinks=[0], probes=2, progress=False)
+    table = sl.mixing.mixing_by_length(model, ids, [5, 9], edits, sinks=[0], probes=2, progress=False)
     for n in (5, 9):
         alone = sl.compare_mixing(model, ids[:, :n], edits, sinks=[0], probes=2, progress=False)
         expected = alone.to_dataframe([-1])
         mine = table[table.tokens == n].drop(columns="tokens").reset_index(drop=True)
         assert mine.equals(expected)
     found = sl.find_sinks(model, torch.stack(random_rows((60,))), activity=0.0, uniform_factor=1.0)
-    cut = sl.mixing_by_length(model, found.tokens, [6], sinks=found, probes=2, progress=False)
+    cut = sl.mixing.mixing_by_length(model, found.tokens, [6], sinks=found, probes=2, progress=False)
     own = sl.measure_mixing(model, found.tokens.first(6), sinks=found.cut([0], 6), probes=2, progress=False)
     assert cut["mean"].tolist()[0] == pytest.approx(float(own.mix[0, -1]))
     with pytest.raises(sl.BadInputError, match="between 3 and 9"):
-        sl.mixing_by_length(model, ids, [10])
+        sl.mixing.mixing_by_length(model, ids, [10])
 
 
 def test_norms_of_pairs_are_those_of_the_dense_blocks() -> None:
@@ -254,7 +254,7 @@ def test_norms_of_pairs_are_those_of_the_dense_blocks() -> None:
     hooks = sl.ablate_sinks(model, [0])
     stream = Stream(model, ids, hooks)
     whole: torch.Tensor = torch.autograd.functional.jacobian(stream, stream.start, vectorize=True)
-    table = sl.jacobian_norms(model, ids, [(0, 4, 2), (1, 6, 6)], hooks=hooks, progress=False).to_dict("records")
+    table = sl.mixing.jacobian_norms(model, ids, [(0, 4, 2), (1, 6, 6)], hooks=hooks, progress=False).to_dict("records")
     for row in table:
         block = whole[row["layer"], row["row"], :, row["column"]].double()
         assert row["frobenius"] == pytest.approx(float(block.norm()), rel=1e-4)
@@ -263,9 +263,9 @@ def test_norms_of_pairs_are_those_of_the_dense_blocks() -> None:
         assert row["stable_rank"] == pytest.approx((float(block.norm()) / top) ** 2, rel=3e-2)
     for wrong in ([], [(2, 0, 0)], [(0, 7, 0)]):
         with pytest.raises(sl.BadInputError, match="pairs are"):
-            sl.jacobian_norms(model, ids, wrong)
+            sl.mixing.jacobian_norms(model, ids, wrong)
     with pytest.raises(sl.BadInputError, match="one sequence"):
-        sl.jacobian_norms(model, torch.stack(random_rows((5, 5))), [(0, 1, 0)])
+        sl.mixing.jacobian_norms(model, torch.stack(random_rows((5, 5))), [(0, 1, 0)])
 
 
 def test_an_untrained_twin_stands_beside_as_a_floor() -> None:

@@ -30,7 +30,7 @@ class Case:
 
     model: TransformerBridge
     ids: Tensor
-    trace: sl.SinkTrace
+    trace: sl.trace.SinkTrace
     found: Neurons
     seen: dict[str, Tensor]
 
@@ -87,8 +87,8 @@ def case(name: str, repeated: bool, sign: float) -> Case:
         same_norms=flat, same=0, projection=sign, rho=1.0, norm=1.0, direction=u,
     )  # fmt: skip
     sinks = (sink(0, 0, 1, position=7), sink(1, 0, 1, position=0), sink(1, 0, 1, position=AT))
-    trace = sl.SinkTrace((one,), (), sinks, as_tokens(model, rows))
-    found = sl.writer_neurons(model, trace, top=TOP, shown=30, n_random=1, progress=False)
+    trace = sl.trace.SinkTrace((one,), (), sinks, as_tokens(model, rows))
+    found = sl.trace.writer_neurons(model, trace, top=TOP, shown=30, n_random=1, progress=False)
     return Case(model, rows[1], trace, found, seen)
 
 
@@ -165,7 +165,7 @@ def test_ablated_neurons_are_at_their_ordinary_activation(some: Case) -> None:
         some.model.run_with_hooks(some.ids[None], fwd_hooks=hooks)
         margins, alphas = [], []
         for n, pattern in zip(layers, shown, strict=True):
-            window = (sl.capabilities(some.model).windows[n] or LENGTH) + AT
+            window = (sl.models.capabilities(some.model).windows[n] or LENGTH) + AT
             far = pattern[:, AT + 16 : window]
             margins.append(float((far[:, :, AT].log() - far[:, :, some.no_sink].sum(-1).log()).mean()))
             alphas.append(float(pattern[:, AT:window, AT].mean()))

@@ -49,7 +49,7 @@ def test_blocks_are_on_disk_and_outputs_are_the_same_bits(pair: tuple[Any, Any])
     assert len(on_disk(off)) > 10
     assert on_disk(full) == []
     assert str(off.cfg.device) == "cpu"
-    assert sl.capabilities(off) == sl.capabilities(full)
+    assert sl.models.capabilities(off) == sl.models.capabilities(full)
     before = on_disk(off)
     for flash in (False, True):
         assert torch.equal(run(full, batch(), flash=flash), run(off, batch(), flash=flash))
@@ -67,14 +67,14 @@ def test_scores_sinks_and_statistics_are_the_same_bits(pair: tuple[Any, Any]) ->
     assert len(a) > 0
     tables = [sl.sink_anatomy(model, found).to_dataframe() for model, found in ((full, a), (off, b))]
     assert tables[0].equals(tables[1])
-    tables = [sl.attention_statistics(model, batch(), [0], entropy=True).to_dataframe() for model in pair]
+    tables = [sl.heads.attention_statistics(model, batch(), [0], entropy=True).to_dataframe() for model in pair]
     assert tables[0].equals(tables[1])
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["hooks", "flash"])
 def test_interventions_are_the_same_bits(pair: tuple[Any, Any], flash: bool) -> None:
     ids = batch()[:, :14]
-    causal = sl.capabilities(pair[0]).causal
+    causal = sl.models.capabilities(pair[0]).causal
     found: list[list[Tensor]] = []
     for model in pair:
         sinks = planted_map(model, list(ids), {(0, 0): ("primary", range(2)), (1, 3): ("secondary", range(1))})
@@ -97,7 +97,7 @@ def test_interventions_are_the_same_bits(pair: tuple[Any, Any], flash: bool) -> 
 
 
 def test_experiments_decompositions_and_sweeps_are_the_same(pair: tuple[Any, Any]) -> None:
-    encoder = not sl.capabilities(pair[0]).causal
+    encoder = not sl.models.capabilities(pair[0]).causal
     more: dict[str, Any] = {"mask_id": 7, "most_scored": 4} if encoder else {}
     for way in ("hooks", "flash"):
         a, b = (
@@ -110,7 +110,7 @@ def test_experiments_decompositions_and_sweeps_are_the_same(pair: tuple[Any, Any
             assert torch.equal(a.metrics[metric].nan_to_num(), b.metrics[metric].nan_to_num())
         assert a.side_effects().equals(b.side_effects())
         assert float(a.change("kl", "zero").min()) > 0
-    if sl.capabilities(pair[0]).architecture != "LlamaForCausalLM":
+    if sl.models.capabilities(pair[0]).architecture != "LlamaForCausalLM":
         return  # what follows reads weights in ways that do not differ
     a, b = (sl.decompose_sinks(model, batch(), [0], progress=False).to_dataframe() for model in pair)
     assert a.equals(b)
@@ -123,7 +123,7 @@ def test_experiments_decompositions_and_sweeps_are_the_same(pair: tuple[Any, Any
 
 def test_weights_that_are_read_are_the_real_ones(pair: tuple[Any, Any]) -> None:
     full, off = pair
-    n = sl.capabilities(full).n_heads
+    n = sl.models.capabilities(full).n_heads
     readers: list[Any] = [
         lambda m: value_bias(m, 1, n),
         lambda m: output_weights(m, 1),
@@ -178,7 +178,7 @@ def test_bfloat16_on_disk_is_bfloat16_in_memory(tmp_path: Path) -> None:
     calls: tuple[Any, ...] = (
         lambda: sl.decompose_sinks(full, batch(), [0]),
         lambda: sl.trace_sinks(full, batch()),
-        lambda: sl.path_sums(full, batch()[:, :8], sinks=[0], progress=False),
+        lambda: sl.mixing.path_sums(full, batch()[:, :8], sinks=[0], progress=False),
     )
     for call in calls:
         with pytest.raises(sl.UnsupportedModelError, match=r"takes float32 or float64"):
@@ -210,8 +210,8 @@ def test_what_cannot_work_offloaded_is_refused(tmp_path: Path) -> None:
     ids = batch()[:1, :12]
     for call in (
         lambda: sl.measure_mixing(off, ids, sinks=[0], progress=False),
-        lambda: sl.path_sums(off, ids, progress=False),
-        lambda: sl.jacobian_norms(off, ids, [(0, 3, 0)]),
+        lambda: sl.mixing.path_sums(off, ids, progress=False),
+        lambda: sl.mixing.jacobian_norms(off, ids, [(0, 3, 0)]),
     ):
         with pytest.raises(sl.UnsupportedModelError, match="needs all weights in memory"):
             call()

@@ -90,7 +90,7 @@ def test_the_bound_follows_the_edited_pattern() -> None:
     plain, without = path_sum_bound(model, ids), path_sum_bound(model, ids, sl.ablate_sinks(model, [0]))
     assert float(without[:, 1:, 0].abs().max()) == 0.0
     assert float(plain[:, 1:, 0].min()) > 0
-    found = sl.path_sums(model, ids, sinks=[0], hooks=sl.ablate_sinks(model, [0]), columns=[2], progress=False)
+    found = sl.mixing.path_sums(model, ids, sinks=[0], hooks=sl.ablate_sinks(model, [0]), columns=[2], progress=False)
     assert found.looseness().broken.sum() == 0
     valued = sl.ablate_sinks(model, [0], "mean_value", reference=torch.stack(random_rows((20, 20))))
     with pytest.raises(sl.UnsupportedModelError, match="path-sum bound"):
@@ -115,19 +115,19 @@ def test_power_iterations_find_the_largest_singular_value() -> None:
 def test_tables_figures_and_refusals(tmp_path: Path) -> None:
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((LENGTH, LENGTH)))
-    found = sl.path_sums(model, ids, sinks=[0], progress=False)
+    found = sl.mixing.path_sums(model, ids, sinks=[0], progress=False)
     table = found.to_dataframe()
     assert set(table.column[table.sink]) == {0}
     assert len(set(table.column)) >= 2
     assert found.looseness().broken.sum() == 0
     row = table.to_dict("records")[-1]
     assert row["bound"] == float(found.bounds[1][row["layer"], row["row"], row["column"]])
-    broken = sl.PathSums(table.assign(log10_ratio=-1.0), found.bounds)
+    broken = sl.mixing.PathSums(table.assign(log10_ratio=-1.0), found.bounds)
     assert broken.looseness().broken.tolist() == broken.looseness().n.tolist()
     assert found.plot().to_json()
     assert found.save(tmp_path / "paths.parquet").is_file()
     with pytest.raises(sl.BadInputError, match="out of range"):
-        sl.path_sums(model, ids, columns=[50], progress=False)
+        sl.mixing.path_sums(model, ids, columns=[50], progress=False)
     for name in ("bert", "bloom"):
         with pytest.raises(sl.UnsupportedModelError):
-            sl.path_sums(build_pair(name)[1], ids, progress=False)
+            sl.mixing.path_sums(build_pair(name)[1], ids, progress=False)

@@ -149,7 +149,7 @@ def test_dormant_heads_are_those_of_ahon_ln(name: str) -> None:
     hf, model = build_pair(name)
     ids = random_rows((20,))[0]
     patterns, _, values = look(hf, ids)
-    activity = sl.head_activity(model, ids, progress=False)
+    activity = sl.heads.head_activity(model, ids, progress=False)
     for layer, (pattern, v) in enumerate(zip(patterns, values, strict=True)):
         outputs = []
         for h in range(pattern.shape[0]):
@@ -174,7 +174,7 @@ def test_contributions_are_kobayashis(name: str) -> None:
     hf, model = build_pair(name)
     ids = random_rows((18,))[0]
     patterns, _, values = look(hf, ids)
-    got = sl.head_activity(model, ids, progress=False).contribution[0]
+    got = sl.heads.head_activity(model, ids, progress=False).contribution[0]
     causal = name != "bert"
     for layer, (pattern, v) in enumerate(zip(patterns, values, strict=True)):
         w_o = output_matrix(hf, layer)
@@ -193,7 +193,7 @@ def test_the_rank_collapse_measure_is_dongs(name: str) -> None:
     hf, model = build_pair(name)
     ids = random_rows((20,))[0]
     hidden = look(hf, ids)[1]
-    found = sl.measure_collapse(model, ids, progress=False).values[
+    found = sl.mixing.measure_collapse(model, ids, progress=False).values[
         0, 0, :, ROWS.index("all"), MEASURES.index("residual")
     ]
     for layer in range(len(hidden) - 2):  # transformers returns the last block's output after the final norm
@@ -252,7 +252,7 @@ def test_a_real_model_agrees_with_every_published_measure(smollm2: Any, text_a: 
     assert float((scores.alpha[0] - alpha).abs().max()) < 1e-5
     ours = [(s.position, *s.level, s.label) for s in wong_sequences(smollm2, one, False)[0]]
     assert ours == wong_published(hidden, [0, 1])
-    activity = sl.head_activity(smollm2, one, progress=False)
+    activity = sl.heads.head_activity(smollm2, one, progress=False)
     for layer in (0, 12, 29):
         z = patterns[layer] @ values[layer]
         assert torch.allclose(activity.ahon[0, layer].double(), z.norm(dim=-1).mean(-1), rtol=1e-4)

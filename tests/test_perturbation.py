@@ -56,7 +56,7 @@ def other_id(ids: Tensor, position: int) -> int:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "bert"])
 def test_changes_are_those_of_two_separate_runs(name: str) -> None:
     _, model = build_pair(name)
-    causal = sl.capabilities(model).causal
+    causal = sl.models.capabilities(model).causal
     rows = random_rows((LENGTH, 7))
     tokens = sl.Tokens.concatenate([as_tokens(model, row) for row in rows])
     swaps = [(0, 2, other_id(rows[0], 2)), (1, 5, other_id(rows[1], 5)), (0, 6, other_id(rows[0], 6))]

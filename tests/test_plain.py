@@ -26,7 +26,7 @@ CLOSE = {"atol": 2e-6, "rtol": 0, "equal_nan": True}
 
 
 @pytest.fixture(scope="module")
-def distilbert() -> sl.PlainModel:
+def distilbert() -> sl.models.PlainModel:
     return build_pair("distilbert")[1]
 
 
@@ -100,7 +100,9 @@ def test_the_residual_methods_read_the_hidden_states_of_transformers(name: str) 
     images = name in IMAGES
     batch = sl.load_images(model, picture()) if images else ragged(rows((40, 40, 40)), "right")[0]
     with torch.no_grad():
-        out = stack_of(host)(batch.pixels if isinstance(batch, sl.Images) else batch.ids, output_hidden_states=True)
+        out = stack_of(host)(
+            batch.pixels if isinstance(batch, sl.inputs.Images) else batch.ids, output_hidden_states=True
+        )
     states = torch.stack(out.hidden_states)[:, 0]
     torch.testing.assert_close(block_inputs(model, batch), states[:-1], atol=1e-5, rtol=0)
     torch.testing.assert_close(block_outputs(model, batch)[:-1], states[1:-1], atol=1e-5, rtol=0)
@@ -109,13 +111,13 @@ def test_the_residual_methods_read_the_hidden_states_of_transformers(name: str) 
 
 @pytest.mark.parametrize("method", ["attention", "direction", "wong"])
 @pytest.mark.filterwarnings("ignore::sinklens.SinklensWarning")
-def test_find_sinks_runs_by_every_method(method: str, distilbert: sl.PlainModel) -> None:
+def test_find_sinks_runs_by_every_method(method: str, distilbert: sl.models.PlainModel) -> None:
     found = sl.find_sinks(distilbert, ragged(rows((120, 90, 100)), "left"), method=method, activity=0.001)
     assert found.method == method
     assert found.mass.shape == (3, 2, 120)
 
 
-def test_flash_runs_the_users_own_forward_and_leaves_the_model_as_it_was(distilbert: sl.PlainModel) -> None:
+def test_flash_runs_the_users_own_forward_and_leaves_the_model_as_it_was(distilbert: sl.models.PlainModel) -> None:
     host, ids = distilbert.original_model, rows((30,))[0][None]
     before, attention = host(ids).last_hidden_state, host.config._attn_implementation
     with sl.flash(distilbert) as run, sl.flash(distilbert):
@@ -131,7 +133,7 @@ def test_flash_runs_the_users_own_forward_and_leaves_the_model_as_it_was(distilb
     assert torch.equal(host(ids).last_hidden_state, before)
 
 
-def test_gradients_and_another_mask_than_the_proven_one_raise(distilbert: sl.PlainModel) -> None:
+def test_gradients_and_another_mask_than_the_proven_one_raise(distilbert: sl.models.PlainModel) -> None:
     ids = rows((12,))[0][None]
     causal = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
     with sl.flash(distilbert), torch.no_grad(), pytest.raises(sl.UnsupportedModelError, match="own mask is not"):
@@ -193,7 +195,7 @@ def test_nan_weights_are_named() -> None:
 def test_a_headless_text_model_is_measured_like_the_same_weights_with_a_head() -> None:
     whole: Any = build_bridged("bert")
     plain = sl.load_model(copy.deepcopy(whole.bert))
-    assert isinstance(plain, sl.PlainModel)
+    assert isinstance(plain, sl.models.PlainModel)
     ids = rows((50, 30, 30))[0]
     bridged = sl.sink_scores(sl.load_model(whole), ids)
     torch.testing.assert_close(sl.sink_scores(plain, ids).alpha, bridged.alpha, atol=1e-6, rtol=0)
@@ -218,7 +220,7 @@ def test_an_image_folder_loads_with_its_preprocessing(tmp_path: Path) -> None:
     assert images.mean == images.std == (0.5, 0.5, 0.5)
 
 
-def test_results_say_what_was_measured_and_survive_saving(tmp_path: Path, distilbert: sl.PlainModel) -> None:
+def test_results_say_what_was_measured_and_survive_saving(tmp_path: Path, distilbert: sl.models.PlainModel) -> None:
     scores = sl.sink_scores(distilbert, rows((60,))[0])
     assert scores.info["backend"] == "flash"
     again = sl.SinkScores.load(scores.save(tmp_path / "scores.safetensors"))
@@ -227,7 +229,7 @@ def test_results_say_what_was_measured_and_survive_saving(tmp_path: Path, distil
         sl.find_sinks(build_pair("clip-text")[1], rows((60,))[0][None], scores=again)
 
 
-def test_the_context_window_and_the_vocabulary_are_checked(distilbert: sl.PlainModel) -> None:
+def test_the_context_window_and_the_vocabulary_are_checked(distilbert: sl.models.PlainModel) -> None:
     with pytest.raises(sl.BadInputError, match="past the context window"):
         sl.sink_scores(distilbert, torch.ones(1, 129, dtype=torch.long))
     with pytest.raises(sl.BadInputError, match="token id 97 is outside"):
@@ -260,16 +262,16 @@ ARGUMENTS: dict[str, Any] = {
     "hooks": [],
     "source": torch.arange(3, 43)[None],
     "kind": "off-by-one",
-    "trace": object.__new__(sl.SinkTrace),
+    "trace": object.__new__(sl.trace.SinkTrace),
 }
 
 
-def test_what_only_counts_sinks_works_too(distilbert: sl.PlainModel) -> None:
+def test_what_only_counts_sinks_works_too(distilbert: sl.models.PlainModel) -> None:
     ids = rows((100,))[0][None]
-    methods = sl.compare_methods(distilbert, ids)
+    methods = sl.find.compare_methods(distilbert, ids)
     assert methods.method.tolist() == ["attention", "direction", "wong"]
     reader = sl.load_model(build("distilbert"), tokenizer=word_tokenizer(adds_bos=False))
-    contexts = sl.compare_contexts(reader, contexts=("random", "repeat"), lengths=(64,), n_seqs=2)
+    contexts = sl.find.compare_contexts(reader, contexts=("random", "repeat"), lengths=(64,), n_seqs=2)
     assert contexts.context.tolist() == ["random", "repeat"]
 
 
@@ -292,7 +294,7 @@ def takes_a_model() -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(set(takes_a_model()) - WORKING - ABOUT_IMAGES))
-def test_everything_else_refuses_and_says_what_works(name: str, distilbert: sl.PlainModel, monkeypatch) -> None:
+def test_everything_else_refuses_and_says_what_works(name: str, distilbert: sl.models.PlainModel, monkeypatch) -> None:
     """Without the tests' type checks, which users do not run: the functions themselves must notice."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     function = getattr(sl, name)
@@ -306,22 +308,22 @@ def test_everything_else_refuses_and_says_what_works(name: str, distilbert: sl.P
         function(distilbert, **given)
 
 
-def test_functions_of_images_tell_text_models_so(distilbert: sl.PlainModel) -> None:
+def test_functions_of_images_tell_text_models_so(distilbert: sl.models.PlainModel) -> None:
     with pytest.raises(sl.UnsupportedModelError, match="reads text"):
         sl.load_images(distilbert, picture())
     images = sl.load_images(build_pair("dinov2")[1], picture())
     with pytest.raises(sl.UnsupportedModelError, match="reads text"):
-        sl.register_tokens(distilbert, images)
+        sl.find.register_tokens(distilbert, images)
     with pytest.raises(sl.BadInputError, match="reads text and these are images"):
         sl.sink_scores(distilbert, images)
     bridge = sl.load_model(build_bridged("gpt2"))
     with pytest.raises(sl.BadInputError, match="reads text and these are images"):
         sl.sink_scores(bridge, images)
     with pytest.raises(sl.UnsupportedModelError, match="reads images"):
-        sl.register_tokens(bridge, images)
+        sl.find.register_tokens(bridge, images)
 
 
-def test_hooks_of_a_plain_model_are_asked_for_in_vain(distilbert: sl.PlainModel) -> None:
+def test_hooks_of_a_plain_model_are_asked_for_in_vain(distilbert: sl.models.PlainModel) -> None:
     assert not hasattr(distilbert, "hook_dict")
     with pytest.raises(sl.UnsupportedModelError, match="asked for 'run_with_hooks'"):
         distilbert.run_with_hooks(torch.tensor([[3, 4]]))

@@ -31,7 +31,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_record_says_what_the_model_does(name: str) -> None:
-    facts = sl.capabilities(build_pair(name)[1])
+    facts = sl.models.capabilities(build_pair(name)[1])
     found = (
         facts.causal,
         facts.rope,
@@ -62,21 +62,21 @@ def test_a_pattern_edit_moves_the_logits_exactly_where_the_record_says_so(name: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the host warns once that the edit is discarded
         edited = model.run_with_hooks(ids, fwd_hooks=[("blocks.0.attn.hook_pattern", park_on_the_first)])
-    assert torch.equal(edited, model(ids)) != sl.capabilities(model).pattern_edit
+    assert torch.equal(edited, model(ids)) != sl.models.capabilities(model).pattern_edit
 
 
 @pytest.mark.parametrize("name", ["opt", "bert"])
 def test_delegating_adapters_fire_z_before_the_pattern(name: str) -> None:
-    fires = sl.capabilities(build_pair(name)[1]).fires
+    fires = sl.models.capabilities(build_pair(name)[1]).fires
     assert fires.index("hook_z") < fires.index("hook_pattern")
-    fires = sl.capabilities(build_pair("llama")[1]).fires
+    fires = sl.models.capabilities(build_pair("llama")[1]).fires
     assert fires.index("hook_z") > fires.index("hook_pattern")
 
 
 def test_neox_lists_rotary_hooks_that_never_fire() -> None:
     _, model = build_pair("neox")
     assert "blocks.0.attn.hook_rot_k" in model.hook_dict
-    assert "hook_rot_k" not in sl.capabilities(model).fires
+    assert "hook_rot_k" not in sl.models.capabilities(model).fires
 
 
 def test_a_window_that_the_configuration_hides_is_found() -> None:
@@ -116,7 +116,7 @@ def test_what_is_no_softmax_is_recorded_and_edits_of_it_are_refused(factor: floa
     assert prove(model).softmax
     model.add_hook("blocks.0.attn.hook_pattern", lambda p, hook: factor * p, is_permanent=True)
     _records.pop(model, None)  # proven when it was built
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
     assert not facts.softmax
     assert facts.shares == (factor < 1)
     with pytest.raises(sl.UnsupportedModelError, match="not a softmax"):
@@ -159,4 +159,4 @@ def test_large_finite_weights_are_not_called_nan() -> None:
 
 def test_other_objects_are_refused() -> None:
     with pytest.raises(sl.UnsupportedModelError, match="no TransformerBridge"):
-        sl.capabilities(torch.nn.Linear(2, 2))
+        sl.models.capabilities(torch.nn.Linear(2, 2))

@@ -42,7 +42,7 @@ def mapped(tokens: sl.Tokens) -> sl.SinkMap:
     )
     places = tuple((b, p) for b in range(3) for p in (0, 1, 2))
     nothing = torch.zeros(3, LAYERS, 5)
-    return sl.SinkMap(sinks, (0,) * 3, (), nothing, nothing, tokens, sl.Thresholds(), "attention", places=places)
+    return sl.SinkMap(sinks, (0,) * 3, (), nothing, nothing, tokens, sl.find.Thresholds(), "attention", places=places)
 
 
 ALIVE = {1: [(0, 1)], 2: [(0, 1), (2, 1)], 3: [(2, 1)], 4: [(0, 1)]}
@@ -53,7 +53,7 @@ def test_reading_heads_are_compared_with_the_one_token_that_can_be_drawn(null: s
     """Any other token of the text: column 3. The same id: (1, 3) alone, since the last column has no far queries."""
     tokens = batch()
     scores, sinks = scored(tokens), mapped(tokens)
-    table = sl.reading_heads(scores, sinks, null=null, permutations=19, level=0.6)
+    table = sl.heads.reading_heads(scores, sinks, null=null, permutations=19, level=0.6)
     rows = {(r["layer"], r["head"]): r for r in table.to_dict("records")}
     assert set(rows) == {(layer, head) for layer in ALIVE for head in range(HEADS)}
     for (layer, head), row in rows.items():
@@ -68,14 +68,14 @@ def test_reading_heads_are_compared_with_the_one_token_that_can_be_drawn(null: s
     assert table.q.tolist() == pytest.approx([min(p / share, 1.0) if p < 1 else 1.0 for p in table.p])
     assert table.reads.tolist() == ((table.p < 1) & (0.05 / share <= 0.6)).tolist()
     for level, reads in ((0.99 * 0.05 / share, 0), (1.01 * 0.05 / share, share)):
-        found = sl.reading_heads(scores, sinks, null=null, permutations=19, level=level)
+        found = sl.heads.reading_heads(scores, sinks, null=null, permutations=19, level=level)
         assert found.reads.mean() == pytest.approx(reads)
 
 
 def test_equal_importance_does_not_count_as_reading() -> None:
     tokens = batch()
     scores = replace(scored(tokens), beta=torch.full((3, LAYERS, HEADS, 5), 0.25))
-    table = sl.reading_heads(scores, mapped(tokens), permutations=19, level=0.5)
+    table = sl.heads.reading_heads(scores, mapped(tokens), permutations=19, level=0.5)
     assert set(table.p) == {1.0}
     assert not table.reads.any()
 
@@ -84,7 +84,7 @@ def test_the_smallest_p_at_the_level_reads() -> None:
     tokens = batch()
     scores = scored(tokens)
     scores.beta[..., 1], scores.beta[..., 3] = 0.9, 0.1
-    table = sl.reading_heads(scores, mapped(tokens), permutations=19, level=0.05)
+    table = sl.heads.reading_heads(scores, mapped(tokens), permutations=19, level=0.05)
     assert table.p.tolist() == pytest.approx([1 / 20] * len(table))
     assert table.reads.all()
 
@@ -93,26 +93,26 @@ def test_layers_without_a_far_importance_say_nothing() -> None:
     """A window shorter than the far queries in layer 3, and a sink whose own importance is not known in layer 2."""
     tokens = batch()
     scores = scored(tokens)
-    whole = sl.reading_heads(scores, mapped(tokens), permutations=19)
+    whole = sl.heads.reading_heads(scores, mapped(tokens), permutations=19)
     scores.beta[:, 3] = math.nan
     scores.beta[2, 2, :, 1] = math.nan
-    table = sl.reading_heads(scores, mapped(tokens), permutations=19)
+    table = sl.heads.reading_heads(scores, mapped(tokens), permutations=19)
     assert set(table.layer) == {1, 2, 4}
     assert set(table[table.layer == 2].sinks) == {1}
     assert table[table.layer == 2].beta.tolist() == pytest.approx(scores.beta[0, 2, :, 1].tolist())
     assert table[table.layer == 4].p.tolist() == whole[whole.layer == 4].p.tolist()
     scores.beta[:, 0] = math.nan  # that the first layer has such a window says nothing about the others
-    again = sl.reading_heads(scores, mapped(tokens), permutations=19)
+    again = sl.heads.reading_heads(scores, mapped(tokens), permutations=19)
     assert again.p.tolist() == table.p.tolist()
     scores.beta[:] = math.nan
     with pytest.raises(sl.BadInputError, match="far importance"):
-        sl.reading_heads(scores, mapped(tokens))
+        sl.heads.reading_heads(scores, mapped(tokens))
 
 
 NAMES = ("sequence", "position", "phase", "writer")
 
 
-def circuit_of() -> tuple[sl.SinkTrace, Neurons, sl.SinkScores]:
+def circuit_of() -> tuple[sl.trace.SinkTrace, Neurons, sl.SinkScores]:
     """A sink in text 1 with two phases, each with a writer and an eraser of its own, and one in text 0."""
     tokens = batch()
     place: dict[str, Any] = {"position": 2, "sink": 1}

@@ -41,7 +41,7 @@ def test_gemma_has_its_sink_on_bos_and_none_without_it(gemma: TransformerBridge,
 
 
 def test_gemma_s_windows_are_proven_and_bos_is_never_doubled(gemma: TransformerBridge) -> None:
-    facts = sl.capabilities(gemma)
+    facts = sl.models.capabilities(gemma)
     assert facts.windows == tuple(None if layer % 6 == 5 else 512 for layer in range(18))
     assert facts.windows_proven
     for text in ("hello world", "<bos>hello world"):
@@ -53,7 +53,7 @@ def test_gemma_s_windows_are_proven_and_bos_is_never_doubled(gemma: TransformerB
 def test_minilm_sees_both_ways_and_wraps_text_in_its_special_tokens(minilm: TransformerBridge, text_a: str) -> None:
     tokens = sl.load_tokens(minilm, [text_a])
     assert (tokens.labels[0][0], tokens.labels[0][-1]) == ("[CLS]", "[SEP]")
-    assert not sl.capabilities(minilm).causal
+    assert not sl.models.capabilities(minilm).causal
     layers = sl.sink_scores(minilm, tokens).layer_table()
     assert layers.alpha[1:5].between(0.3, 0.4).all(), "layers 1 to 4 on this text; layer 5 gives 0.16"
     with pytest.raises(sl.UnsupportedModelError, match="predicts no next token"):
@@ -63,7 +63,7 @@ def test_minilm_sees_both_ways_and_wraps_text_in_its_special_tokens(minilm: Tran
 @pytest.mark.parametrize("name", ["smollm2", "gemma", "minilm"])
 def test_real_scores_equal_a_loop_and_do_not_depend_on_padding(name: str, text_a: str, request) -> None:
     model: TransformerBridge = request.getfixturevalue(name)
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
     tokens = sl.load_tokens(model, [text_a, text_a[:200]])
     patterns: dict[int, torch.Tensor] = {}
 

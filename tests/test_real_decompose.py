@@ -20,7 +20,7 @@ from sinklens.decompose.margin import BEYOND, GEOMETRY, MEANS, PARAMETERS
 pytestmark = pytest.mark.real
 
 
-def check_sums(found: sl.SinkDecomposition, tolerance: float) -> None:
+def check_sums(found: sl.decompose.SinkDecomposition, tolerance: float) -> None:
     gap, beyond = found.number("gap"), sum(found.number(n) for n in BEYOND)
     known = gap.isfinite()
     assert known.any()
@@ -32,7 +32,7 @@ def check_sums(found: sl.SinkDecomposition, tolerance: float) -> None:
         assert (side.nansum(-1) + beyond - gap)[known].abs().max() < 5 * tolerance
 
 
-def largest(found: sl.SinkDecomposition, kind: str, layer: int) -> str:
+def largest(found: sl.decompose.SinkDecomposition, kind: str, layer: int) -> str:
     table = found.component_table("key", kind)
     rows = [row for row in table.to_dict("records") if row["layer"] == layer]
     return max(rows, key=lambda row: row["nats"])["component"]

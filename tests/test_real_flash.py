@@ -61,7 +61,7 @@ def test_plain_forwards_agree_and_leave_nothing_behind(any_model: Any) -> None:
 
 def test_statistics_agree(any_model: Any) -> None:
     """Beyond Gemma's window of 512 tokens, and with padding."""
-    longest = 600 if sl.capabilities(any_model).causal else 250
+    longest = 600 if sl.models.capabilities(any_model).causal else 250
     tokens = sl.load_tokens(any_model, "python-docs", n_seqs=2, seq_len=longest)
     short = sl.load_tokens(any_model, [TEXT_A])
     batch = left(sl.Tokens.concatenate([tokens[0], short]))
@@ -70,7 +70,9 @@ def test_statistics_agree(any_model: Any) -> None:
         torch.testing.assert_close(getattr(fast, quantity), getattr(host, quantity), atol=1e-5, rtol=0, equal_nan=True)
     few = sl.sink_scores(any_model, batch, positions=[0, 7], backend="flash")
     torch.testing.assert_close(few.alpha[..., [0, 7]], host.alpha[..., [0, 7]], atol=1e-5, rtol=0)
-    a, b = (sl.attention_statistics(any_model, batch, [0, 7], entropy=True, backend=w) for w in ("hooks", "flash"))
+    a, b = (
+        sl.heads.attention_statistics(any_model, batch, [0, 7], entropy=True, backend=w) for w in ("hooks", "flash")
+    )
     for quantity in ("mass", "margin", "free_margin", "value_norm", "entropy"):
         torch.testing.assert_close(
             getattr(a, quantity), getattr(b, quantity), atol=2e-4, rtol=1e-5, equal_nan=True, msg=quantity
@@ -102,13 +104,13 @@ def test_every_mode_agrees(any_model: Any, exact: dict[str, Any], mode: str, opt
     """1e-4 where one layer is edited. In all layers at once some edits move logits by tens, and the edit in float32
     is itself further than that from the edit in float64: there the backends may differ by a few times that."""
     tokens = sl.load_tokens(any_model, [TEXT_A])
-    middle = sl.capabilities(any_model).n_layers // 2
+    middle = sl.models.capabilities(any_model).n_layers // 2
     host, fast = both(any_model, tokens, hooks_of(any_model, mode, options, layers=middle))
     assert (host - fast).abs().max() < 1e-4
     host, fast = both(any_model, tokens, hooks_of(any_model, mode, options))
     bound = 1e-4
     if (host - fast).abs().max() > bound:
-        name = sl.capabilities(any_model).model
+        name = sl.models.capabilities(any_model).model
         if name not in exact:
             exact.clear()
             exact[name] = sl.load_model(

@@ -15,24 +15,24 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def dinov2() -> sl.PlainModel:
+def dinov2() -> sl.models.PlainModel:
     model = sl.load_model("dinov2-s")
-    assert isinstance(model, sl.PlainModel)
+    assert isinstance(model, sl.models.PlainModel)
     return model
 
 
 @pytest.fixture(scope="module")
-def small(dinov2: sl.PlainModel) -> sl.Images:
+def small(dinov2: sl.models.PlainModel) -> sl.inputs.Images:
     """The three photographs at 224 pixels: 16 x 16 patches."""
-    return sl.load_images(dinov2, sl.sample_images(), size=224)
+    return sl.load_images(dinov2, sl.inputs.sample_images(), size=224)
 
 
 @pytest.fixture(scope="module")
-def scores(dinov2: sl.PlainModel, small: sl.Images) -> sl.SinkScores:
+def scores(dinov2: sl.models.PlainModel, small: sl.inputs.Images) -> sl.SinkScores:
     return sl.sink_scores(dinov2, small)
 
 
-def test_the_converted_weights_compute_what_the_graph_does(dinov2: sl.PlainModel) -> None:
+def test_the_converted_weights_compute_what_the_graph_does(dinov2: sl.models.PlainModel) -> None:
     """The numbers are onnxruntime 1.32's, for the graph's own backbone on this input (largest gap anywhere 1.4e-5)."""
     pixels = torch.sin(torch.arange(3 * 224 * 224, dtype=torch.float64) * 0.01).float().view(1, 3, 224, 224)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_the_converted_weights_compute_what_the_graph_does(dinov2: sl.PlainModel
 
 
 def test_alpha_is_the_column_mean_of_the_eager_patterns(
-    dinov2: sl.PlainModel, small: sl.Images, scores: sl.SinkScores
+    dinov2: sl.models.PlainModel, small: sl.inputs.Images, scores: sl.SinkScores
 ) -> None:
     from sinklens.attention.unbridged import implementation
 
@@ -56,20 +56,20 @@ def test_alpha_is_the_column_mean_of_the_eager_patterns(
 
 
 def test_cls_is_a_mild_sink_and_no_patch_is_a_register(
-    dinov2: sl.PlainModel, small: sl.Images, scores: sl.SinkScores
+    dinov2: sl.models.PlainModel, small: sl.inputs.Images, scores: sl.SinkScores
 ) -> None:
     cls = scores.alpha[..., 0].double().mean((0, 2))
     assert (cls > 1 / 257).all()
     assert (cls < 0.25).all()
-    registers = sl.register_tokens(dinov2, small)
+    registers = sl.find.register_tokens(dinov2, small)
     assert not registers.high.any()
     assert float(registers.relative[..., 1:].max()) < 2.7
     assert {sink.token for sink in sl.find_sinks(dinov2, small, scores=scores, activity=0.1)} <= {"[CLS]"}
 
 
-def test_at_full_size_cls_takes_what_was_measured(dinov2: sl.PlainModel) -> None:
+def test_at_full_size_cls_takes_what_was_measured(dinov2: sl.models.PlainModel) -> None:
     """Layer 0: 0.05 of all attention, the uniform share being 0.0007; no patch's norm reaches 2.7 x the median."""
-    images = sl.load_images(dinov2, sl.sample_images()[1])
+    images = sl.load_images(dinov2, sl.inputs.sample_images()[1])
     assert images.grid == (37, 37)
     scores = sl.sink_scores(dinov2, images)
     cls = scores.alpha[0, ..., 0].double().mean(1)
@@ -79,7 +79,7 @@ def test_at_full_size_cls_takes_what_was_measured(dinov2: sl.PlainModel) -> None
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
-    path = str(sl.sample_images()[2])
+    path = str(sl.inputs.sample_images()[2])
     done = CliRunner().invoke(app, ["images", path, "--size", "112", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "0 of 64 patches" in done.output

@@ -22,7 +22,7 @@ def test_without_its_primary_smollm2_mixes_more_than_damage_explains(smollm2: Tr
     sinks = whole.cut([0], 12)
     assert sinks.positions(0) == [0, 10]
     without = sl.ablate_sinks(smollm2, sinks.primary)
-    noise = sl.matched_damage(smollm2, sinks.tokens, without, progress=False)
+    noise = sl.experiment.matched_damage(smollm2, sinks.tokens, without, progress=False)
     assert abs(noise.loss - noise.target) <= 0.02
     found = sl.compare_mixing(
         smollm2, sinks.tokens, {"without": without, "noise": noise.hooks}, sinks=sinks, probes=2, progress=False
@@ -62,7 +62,7 @@ def test_the_command_line_writes_a_page(tmp_path: Path, text_a: str) -> None:
     assert {p.name for p in out.iterdir()} == names | {"mixing.safetensors", "manifest.json"}
     table = pd.read_csv(out / "indices.csv")
     assert set(table.condition) >= {"base", "without primary sinks", "without secondary sinks"}
-    again = sl.MixingComparison.load(out / "mixing.safetensors")
+    again = sl.mixing.MixingComparison.load(out / "mixing.safetensors")
     assert list(again.conditions) == list(dict.fromkeys(table.condition))
     page = (out / "mixing.html").read_text()
     assert page.count("plotly.js v") == 1

@@ -62,7 +62,7 @@ def test_writers_and_their_neurons_are_read_from_disk(smollm2: Any, off: Any) ->
     for model in (smollm2, off):
         reference = sl.load_tokens(model, "python-docs", n_seqs=2, seq_len=96)
         trace = sl.trace_sinks(model, tokens, found, reference=reference, causal=False, progress=False)
-        traces.append((trace.to_dataframe(), sl.writer_neurons(model, trace, progress=False)))
+        traces.append((trace.to_dataframe(), sl.trace.writer_neurons(model, trace, progress=False)))
     (a, neurons), (b, others) = traces
     assert a.equals(b)
     top = a[a.component == "mlp"].groupby("layer").contribution.sum().idxmax()

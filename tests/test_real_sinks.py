@@ -54,7 +54,7 @@ def test_minilm_has_cls_and_the_grid_is_drawn_where_detection_has_too_few_querie
     assert [(s.position, s.token) for s in sinks.primary] == [(0, "[CLS]")]
     with pytest.warns(sl.SinklensWarning, match="too few queries"):
         assert len(sl.find_sinks(minilm, STREAMING)) == 0
-    grid: Any = sl.attention_grid(minilm, STREAMING)
+    grid: Any = sl.heads.attention_grid(minilm, STREAMING)
     assert len(grid.data) == 6
     assert grid.layout.xaxis.ticktext[0] == "[CLS]"
 

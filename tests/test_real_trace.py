@@ -53,14 +53,14 @@ def test_smollm2_planting_mlp_2_makes_a_sink(smollm2: TransformerBridge, text_a:
     reference = sl.load_tokens(smollm2, n_seqs=2, seq_len=160)
     secondary = sl.find_sinks(smollm2, text_a).secondary
     trace = sl.trace_sinks(smollm2, text_a, secondary, reference=reference, causal=False)
-    table = sl.plant_sinks(smollm2, trace, positions=(30, 60), n_random=2)
+    table = sl.trace.plant_sinks(smollm2, trace, positions=(30, 60), n_random=2)
     alpha = {(r["position"], r["added"]): r["alpha"] for r in table.to_dict("records") if r["sink"] == 10}
     assert alpha[30, "writer"] > 0.1
     assert alpha[60, "writer"] > 0.1
     assert max(alpha[p, "random"] for p in (30, 60)) < 0.03
     assert max(alpha[p, "flipped"] for p in (30, 60)) < 0.03
 
-    found = sl.writer_neurons(smollm2, trace, top=(5,), n_random=1)
+    found = sl.trace.writer_neurons(smollm2, trace, top=(5,), n_random=1)
     for row in found.writers.to_dict("records"):
         assert row["neurons_for_90"] == 2  # of 1536
     named = {row["neuron"] for row in found.to_dataframe().to_dict("records") if row["share"] > 0.2}

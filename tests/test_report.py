@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 
 import sinklens as sl
 from sinklens.cli import app
-from sinklens.report import export as exporting
-from sinklens.report import write as writing
+from sinklens.report import export as exporting, write as writing
 from sinklens.report.budget import text_of
 
 STAGES = ("scores", "sinks", "experiment", "decomposition", "trace", "mixing")
@@ -89,14 +88,14 @@ def test_numbers_on_the_page_are_those_of_the_tables_and_of_the_saved_results(
     folder, _, _ = written
     page = (folder / "index.html").read_text()
     effects = pd.read_parquet(folder / "tables" / "effects.parquet")
-    experiment = sl.Experiment.load(folder / "stages" / "experiment.safetensors")
+    experiment = sl.experiment.Experiment.load(folder / "stages" / "experiment.safetensors")
     pd.testing.assert_frame_equal(effects, experiment.to_dataframe())
     for row in effects.to_dict("records"):
         if row["label"] != "base":
             assert f"<td>{row['loss']:.4f}</td>" in page
     scores = sl.SinkScores.load(folder / "stages" / "scores.safetensors")
     assert f"in a share of {scores.sink_rate():.3f}" in page
-    trace = sl.SinkTrace.load(folder / "stages" / "trace.safetensors")
+    trace = sl.trace.SinkTrace.load(folder / "stages" / "trace.safetensors")
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "tables" / "writers.parquet"), trace.writers())
 
 
@@ -138,19 +137,19 @@ def test_an_interrupted_run_leaves_no_half_file_and_goes_on(tmp_path: Path, monk
     for name in ("sink_scores", "run_experiment", "decompose_sinks"):
         whole = getattr(sl, name)
         monkeypatch.setattr(sl, name, lambda *a, _n=name, _f=whole, **k: (calls.append(_n), _f(*a, **k))[1])
-    save = sl.SinkDecomposition.save
+    save = sl.decompose.SinkDecomposition.save
 
     def interrupted(self: Any, path: Any) -> Any:
         save(self, path)
         raise KeyboardInterrupt  # between the result and the file that says that it is finished
 
-    monkeypatch.setattr(sl.SinkDecomposition, "save", interrupted)
+    monkeypatch.setattr(sl.decompose.SinkDecomposition, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sl.write_report(model, tokens, tmp_path, quick=True)
     assert not SAID & files_of(tmp_path)
     assert not [name for name in files_of(tmp_path) if Path(name).name.startswith(".")]
     assert calls == ["sink_scores", "run_experiment", "decompose_sinks"]
-    monkeypatch.setattr(sl.SinkDecomposition, "save", save)
+    monkeypatch.setattr(sl.decompose.SinkDecomposition, "save", save)
     sl.write_report(model, tokens, tmp_path, quick=True)
     assert calls == ["sink_scores", "run_experiment", "decompose_sinks", "decompose_sinks"]
     assert files_of(tmp_path) >= SAID
@@ -383,8 +382,8 @@ def test_neurons_are_saved_and_read_again(tmp_path: Path) -> None:
         name: pd.DataFrame({"sequence": [0, 1], "writer": ["mlp 2", "mlp 3"], "share": [0.5, float("nan")]})
         for name in ("neurons", "writers", "ablations", "feeds")
     }
-    found = sl.Neurons(**tables, notes=("a note",))
-    again = sl.Neurons.load(found.save(tmp_path / "neurons.safetensors"))
+    found = sl.trace.Neurons(**tables, notes=("a note",))
+    again = sl.trace.Neurons.load(found.save(tmp_path / "neurons.safetensors"))
     assert again.notes == found.notes
     for name, table in tables.items():
         pd.testing.assert_frame_equal(getattr(again, name), table)

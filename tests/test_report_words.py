@@ -15,8 +15,7 @@ from reporting import SMALL, planted, texts
 
 import sinklens as sl
 from sinklens.experiment.result import Run
-from sinklens.report import export as exporting
-from sinklens.report import story
+from sinklens.report import export as exporting, story
 from sinklens.report.content import Plot
 from sinklens.report.stages import Material
 from sinklens.report.wording import against, between, change, listed, number, sample_only, side, times
@@ -91,7 +90,9 @@ def effect(model: Any, tokens: sl.Tokens, shift: float, spread: float) -> Materi
     base = torch.full((len(tokens), int(tokens.lengths.max())), 3.0)
     edited = base + (shift + spread * signs)[:, None]
     runs = (Run("base", ""), Run("primary sinks, renormalize", ""), Run("primary sinks, renormalize", "random"))
-    experiment = sl.Experiment(runs, {"loss": torch.stack([base, edited, base])}, (), tokens, info=found.info)
+    experiment = sl.experiment.Experiment(
+        runs, {"loss": torch.stack([base, edited, base])}, (), tokens, info=found.info
+    )
     return Material(model, tokens, SMALL, 0, False, {"sinks": found, "experiment": experiment})
 
 

@@ -224,12 +224,12 @@ def test_first_token_norms_are_those_of_the_plain_model() -> None:
 
 def test_a_result_comes_back_from_its_file(models: dict[str, Any], tmp_path: Path) -> None:
     found = sl.reproduce("barbero-sink-rate", model=models["llama"], source="random", n_seqs=16, progress=False)
-    back = sl.Reproductions.load(found.save(tmp_path / "found.json"))
+    back = sl.reproductions.Reproductions.load(found.save(tmp_path / "found.json"))
     assert back.to_dataframe().equals(found.to_dataframe())
     assert back.to_markdown() == found.to_markdown()
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(sl.BadInputError, match="holds no Reproductions"):
-        sl.Reproductions.load(tmp_path / "other.json")
+        sl.reproductions.Reproductions.load(tmp_path / "other.json")
 
 
 def test_unknown_entries_are_named_with_those_there_are(models: dict[str, Any]) -> None:

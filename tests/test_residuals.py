@@ -133,7 +133,7 @@ def test_one_call_compares_the_methods() -> None:
     from planted import X, planted_model, row
 
     model = planted_model(10, {X: 8.0}, {X: range(10)})
-    table = sl.compare_methods(model, row(120, {0: X}), methods=("attention", "direction")).set_index("method")
+    table = sl.find.compare_methods(model, row(120, {0: X}), methods=("attention", "direction")).set_index("method")
     assert table.loc["attention", "sinks"] == 1
     assert table.loc["direction", "sinks"] == 0, "nothing is massive here"
     assert table.loc["attention", "also_by_direction"] == 0

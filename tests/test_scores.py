@@ -23,7 +23,7 @@ def right_padded(rows: list[torch.Tensor], model) -> sl.Tokens:
 @pytest.mark.parametrize("name", SCORED)
 def test_scores_equal_a_loop_over_queries_and_keys_whatever_the_padding(name: str) -> None:
     reference, model = build_pair(name)
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
     rows = random_rows(LENGTHS)
     right = right_padded(rows, model)
     batches = {
@@ -220,7 +220,7 @@ def test_nan_attention_is_refused_and_never_averaged_into_no_sink() -> None:
 
 def test_a_window_under_another_name_is_read() -> None:
     reference, model = build_pair("gpt-neo")
-    assert sl.capabilities(model).windows == (None, 50)
+    assert sl.models.capabilities(model).windows == (None, 50)
     ids = random_rows((160,))[0]
     scores = sl.sink_scores(model, ids)
     for layer, pattern in enumerate(eager_patterns(reference, ids)):

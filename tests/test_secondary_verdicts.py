@@ -60,9 +60,9 @@ def traced(
     return replace(one, **changes)
 
 
-def trace_of(chosen: Sequence[Traced], causes: Sequence[dict[str, Any]] = (), **fields: Any) -> sl.SinkTrace:
+def trace_of(chosen: Sequence[Traced], causes: Sequence[dict[str, Any]] = (), **fields: Any) -> sl.trace.SinkTrace:
     sinks = tuple(sink(n, 6, 3) for n in range(max((t.sink for t in chosen), default=-1) + 1))
-    return sl.SinkTrace(
+    return sl.trace.SinkTrace(
         tuple(chosen), tuple(causes), fields.pop("sinks", sinks), fields.pop("tokens", tokens()), **fields
     )
 
@@ -71,7 +71,7 @@ def at(values: dict[Component, float]) -> torch.Tensor:
     return torch.tensor([values.get(c, 0.5) for c in COMPONENTS])
 
 
-def naive_mean(found: sl.Verdict, name: str, values: Sequence[float], documents: Sequence[int]) -> None:
+def naive_mean(found: sl.trace.Verdict, name: str, values: Sequence[float], documents: Sequence[int]) -> None:
     known = [(v, d) for v, d in zip(values, documents, strict=True) if not math.isnan(v)]
     row = found.number(name)
     assert row["mean"] == pytest.approx(sum(v for v, _ in known) / len(known), rel=1e-5, abs=1e-9)
@@ -81,7 +81,7 @@ def naive_mean(found: sl.Verdict, name: str, values: Sequence[float], documents:
     assert (row["low"], row["high"]) == pytest.approx(span, rel=1e-5, abs=1e-9)
 
 
-def aligned(cosine: float, same: float, noise: float = 0.02) -> sl.SinkTrace:
+def aligned(cosine: float, same: float, noise: float = 0.02) -> sl.trace.SinkTrace:
     """MLP 3 writes most of what MLPs write; others write more, and MLP 8 too, but behind the reference layer."""
     draw = torch.Generator().manual_seed(0)
     shares: dict[Component, float] = {
@@ -108,7 +108,7 @@ def aligned(cosine: float, same: float, noise: float = 0.02) -> sl.SinkTrace:
 
 def test_alignment_compares_the_largest_mlp_with_itself_at_the_same_id() -> None:
     trace = aligned(0.91, 0.2)
-    found = sl.writer_alignment(trace)
+    found = sl.trace.writer_alignment(trace)
     index = COMPONENTS.index(("mlp", 3))
     mine = [t for t in trace.traced if t.kind == "secondary"]
     documents = [t.document for t in mine]
@@ -135,12 +135,12 @@ def test_alignment_compares_the_largest_mlp_with_itself_at_the_same_id() -> None
 def test_alignment_holds_above_a_half_and_above_the_same_id(
     cosine: float, same: float, noise: float, holds: Any
 ) -> None:
-    assert sl.writer_alignment(aligned(cosine, same, noise)).holds is holds
+    assert sl.trace.writer_alignment(aligned(cosine, same, noise)).holds is holds
 
 
 def test_what_no_mlp_writes_has_no_alignment() -> None:
     with pytest.raises(sl.BadInputError, match="no MLP writes"):
-        sl.writer_alignment(trace_of([traced(0, {("attn", 3): 1.0, ("mlp", 2): -0.1})]))
+        sl.trace.writer_alignment(trace_of([traced(0, {("attn", 3): 1.0, ("mlp", 2): -0.1})]))
 
 
 def masses(trend: Sequence[int]) -> tuple[list[Traced], tuple[Sink, ...]]:
@@ -169,7 +169,7 @@ def masses(trend: Sequence[int]) -> tuple[list[Traced], tuple[Sink, ...]]:
 @pytest.mark.parametrize(("trend", "holds"), [((1, 1, -1), True), ((1, -1, 1), False), ((-1, 1, 1), False)])
 def test_the_norm_is_compared_within_each_writing_layer(trend: tuple[int, int, int], holds: bool) -> None:
     chosen, sinks = masses(trend)
-    found = sl.norm_and_mass(trace_of(chosen, sinks=sinks))
+    found = sl.trace.norm_and_mass(trace_of(chosen, sinks=sinks))
     assert found.number("Spearman of norm and mass")["mean"] == pytest.approx(trend[0])
     assert found.number("Spearman of norm and life")["mean"] * trend[1] > 0.9  # lives have ties
     assert found.number("Spearman of rho and mass")["mean"] == pytest.approx(trend[0] * trend[2])
@@ -180,7 +180,7 @@ def test_the_norm_is_compared_within_each_writing_layer(trend: tuple[int, int, i
         assert row["mass"] == pytest.approx(sum(of.masses[n] for n in layers) / len(layers))
 
 
-def dosed(doses: Sequence[float] = (0.5, 1.0, 2.0)) -> sl.SinkTrace:
+def dosed(doses: Sequence[float] = (0.5, 1.0, 2.0)) -> sl.trace.SinkTrace:
     """Two phases of every sink, whose main writer is MLP 3; a lesser writer was rescaled too, as was a control."""
     shares: dict[Component, float] = {("mlp", 2): 0.3, ("mlp", 3): 0.6}
     chosen = [traced(n, shares, number=k) for n in range(DOCUMENTS) for k in (0, 1)]
@@ -214,7 +214,7 @@ def test_doses_are_those_of_the_main_writer_of_each_phase_with_the_unedited_one_
         assert row["alpha"] == pytest.approx(own * {0.5: 0.1, 1.0: 0.3, 2.0: 0.4}[row["dose"]])
         for name, clean in (("life", 10.0), ("margin", 5.0), ("rho", 2.0)):
             assert row[name] == pytest.approx(own * clean * row["dose"])
-    found = sl.norm_and_mass(trace)
+    found = sl.trace.norm_and_mass(trace)
     documents = [n for n in range(DOCUMENTS) for _ in (0, 1)]
     for dose, size in ((0.5, 0.1), (1.0, 0.3), (2.0, 0.4)):
         values = [size * k * (1 + 0.01 * n) for n in range(DOCUMENTS) for k in (1, 2)]
@@ -248,7 +248,7 @@ def weakened(dip: float, back: float, margin: float, noise: float = 0.001) -> li
 
 def test_weakening_compares_layers_with_secondary_sinks_and_up_to_three_beside_them() -> None:
     entries = weakened(0.2, 0.1, 0.5)
-    found = sl.primary_weakening(trace_of([], primaries=tuple(entries)))
+    found = sl.trace.primary_weakening(trace_of([], primaries=tuple(entries)))
     documents = list(range(DOCUMENTS))
     near = (3, 4, 5, 8, 9)
     inside = [(e["alpha"][6] + e["alpha"][7]) / 2 for e in entries]
@@ -284,7 +284,7 @@ def test_weakening_holds_where_attention_dips_and_recovers_and_the_margin_too(
     dip: float, back: float, margin: float, noise: float, holds: Any
 ) -> None:
     entries = weakened(dip, back, margin, noise)
-    assert sl.primary_weakening(trace_of([], primaries=tuple(entries))).holds is holds
+    assert sl.trace.primary_weakening(trace_of([], primaries=tuple(entries))).holds is holds
 
 
 def levels_of(counts: dict[tuple[int, int], int], **changes: Any) -> sl.SinkMap:
@@ -295,7 +295,7 @@ def levels_of(counts: dict[tuple[int, int], int], **changes: Any) -> sl.SinkMap:
     nothing = torch.zeros(DOCUMENTS, LAYERS, 4)
     places = tuple((s.sequence, s.position) for s in sinks)
     return sl.SinkMap(
-        tuple(sinks), (0,) * DOCUMENTS, (), nothing, nothing, tokens(), sl.Thresholds(), "attention", places=places
+        tuple(sinks), (0,) * DOCUMENTS, (), nothing, nothing, tokens(), sl.find.Thresholds(), "attention", places=places
     )
 
 
@@ -304,7 +304,7 @@ def test_levels_are_clusters_of_a_twentieth_of_the_sinks() -> None:
     counts = {(1, 2): 40, (2, 3): 20, (3, 4): 10, (2, 8): 21, (7, 2): 5, (9, 9): 4}
     found = levels_of(counts)
     primary = sink(0, 5, 5, kind="primary")
-    verdict = sl.sink_levels(replace(found, sinks=(*found.sinks, primary)))
+    verdict = sl.trace.sink_levels(replace(found, sinks=(*found.sinks, primary)))
     cluster = {(1, 2): 0, (2, 3): 0, (3, 4): 0, (2, 8): 1, (7, 2): 2, (9, 9): 3}
     mine = [(cluster[s.onset, s.lifetime], s.sequence, s.token_id) for s in found.sinks]
     documents = [s.sequence for s in found.sinks]
@@ -328,7 +328,7 @@ def test_levels_are_clusters_of_a_twentieth_of_the_sinks() -> None:
 def test_levels_of_a_trace_are_those_of_its_traced_sinks() -> None:
     found = levels_of({(1, 2): 30, (7, 2): 30})
     chosen = [traced(n, {}) for n, s in enumerate(found.sinks) if s.onset == 7]
-    verdict = sl.sink_levels(trace_of(chosen, sinks=found.sinks))
+    verdict = sl.trace.sink_levels(trace_of(chosen, sinks=found.sinks))
     assert verdict.details.onset.tolist() == [7]
     assert verdict.number("covered")["n"] == 30
 
@@ -343,7 +343,7 @@ def test_levels_of_a_trace_are_those_of_its_traced_sinks() -> None:
     ],
 )
 def test_levels_hold_where_at_most_six_cover_the_sinks(counts: dict[tuple[int, int], int], holds: bool) -> None:
-    assert sl.sink_levels(levels_of(counts)).holds is holds
+    assert sl.trace.sink_levels(levels_of(counts)).holds is holds
 
 
 def test_an_answer_needs_the_whole_interval_beyond_the_bound() -> None:
@@ -377,8 +377,8 @@ def test_intervals_are_over_documents_not_over_values() -> None:
 def test_a_verdict_is_read_in_words() -> None:
     rows = pd.DataFrame([quantity("x", [float(n) for n in range(20)], range(20)), quantity("y", [1.0], [0])])
     for holds, words in ((True, "c: s: holds (r)"), (False, "does not hold"), (None, "not decided")):
-        assert words in repr(sl.Verdict("c", "s", holds, rows, rows, "r"))
-    text = repr(sl.Verdict("c", "s", True, rows, rows, "r")).splitlines()
+        assert words in repr(sl.trace.Verdict("c", "s", holds, rows, rows, "r"))
+    text = repr(sl.trace.Verdict("c", "s", True, rows, rows, "r")).splitlines()
     low, high = rows.low.tolist()[0], rows.high.tolist()[0]
     assert text[1] == f"  x: 9.5 [{low:.3g}, {high:.3g}], n = 20"
     assert text[2] == "  y: 1, n = 1"

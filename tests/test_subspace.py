@@ -29,7 +29,7 @@ def model() -> TransformerBridge:
 
 
 @pytest.fixture(scope="module")
-def trace(model: TransformerBridge) -> sl.SinkTrace:
+def trace(model: TransformerBridge) -> sl.trace.SinkTrace:
     """X is a sink early in every text, twice in some, and no sink late, where there are more than are looked at."""
     ids = texts(DOCUMENTS)
     ids[::3, 35] = X
@@ -52,7 +52,7 @@ def written(model: TransformerBridge, x: Tensor) -> Tensor:
     return (x @ mlp.W_in.detach() + mlp.b_in.detach()).relu() @ mlp.W_out.detach() + mlp.b_out.detach()
 
 
-def fitted(model: TransformerBridge, trace: sl.SinkTrace, half: list[Traced]) -> tuple[Tensor, Tensor]:
+def fitted(model: TransformerBridge, trace: sl.trace.SinkTrace, half: list[Traced]) -> tuple[Tensor, Tensor]:
     """The inputs at the sinks of some documents, and at the tokens of their id there that are no sink."""
     sinks, others = [], []
     for one in half:
@@ -66,8 +66,8 @@ def fitted(model: TransformerBridge, trace: sl.SinkTrace, half: list[Traced]) ->
     return torch.stack(sinks), torch.stack(others)
 
 
-def test_components_of_one_half_are_judged_on_the_other(model: TransformerBridge, trace: sl.SinkTrace) -> None:
-    verdict = sl.writer_subspace(model, trace, sizes=SIZES, n_random=2, seed=3, progress=False)
+def test_components_of_one_half_are_judged_on_the_other(model: TransformerBridge, trace: sl.trace.SinkTrace) -> None:
+    verdict = sl.trace.writer_subspace(model, trace, sizes=SIZES, n_random=2, seed=3, progress=False)
     assert f"MLP {WRITES_X}" in verdict.statement  # the helper writes less
     owners = [one for one in trace.traced if one.kind == "secondary" and one.share(("mlp", WRITES_X)) >= 0.1]
     first, test = _halves(owners, 3)
@@ -136,7 +136,7 @@ class Reads(_Mlp):
         return out
 
 
-def judged(trace: sl.SinkTrace, number: Callable[[Tensor], Tensor], n: int = 17) -> sl.Verdict:
+def judged(trace: sl.trace.SinkTrace, number: Callable[[Tensor], Tensor], n: int = 17) -> sl.trace.Verdict:
     """Inputs of either sign along six axes, and small and alike along axis 0; half of the texts each."""
     draw = torch.Generator().manual_seed(0)
     scale = torch.tensor([1.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0] + [0.0] * 33)
@@ -153,7 +153,7 @@ def judged(trace: sl.SinkTrace, number: Callable[[Tensor], Tensor], n: int = 17)
     return _judged(Reads(number), inputs(listed[:n]), inputs(listed[n:]), (6, 7), 2, 0)
 
 
-def test_the_subspace_holds_where_at_most_six_components_carry_nine_tenths(trace: sl.SinkTrace) -> None:
+def test_the_subspace_holds_where_at_most_six_components_carry_nine_tenths(trace: sl.trace.SinkTrace) -> None:
     """Not where the seventh is needed, not where as many random directions do as well, not without intervals."""
     assert judged(trace, lambda x: x[:, 1].abs()).holds is True
     seventh = judged(trace, lambda x: x[:, 1].abs() + 8 * x[:, 0])
@@ -165,7 +165,7 @@ def test_the_subspace_holds_where_at_most_six_components_carry_nine_tenths(trace
 
 
 def test_the_layer_is_the_one_with_the_largest_share_and_lesser_sinks_are_left_out(
-    model: TransformerBridge, trace: sl.SinkTrace
+    model: TransformerBridge, trace: sl.trace.SinkTrace
 ) -> None:
     shares = _mlp_shares(trace, "secondary")
     assert {one.kind for found in shares.values() for one in found} == {"secondary"}
@@ -178,20 +178,20 @@ def test_the_layer_is_the_one_with_the_largest_share_and_lesser_sinks_are_left_o
     weak = [replace(t, contributions=0.05 * t.contributions) for t in mine[: len(mine) - 8]]
     few = replace(trace, traced=(*weak, *mine[len(mine) - 8 :]))
     with pytest.raises(sl.BadInputError, match="are needed"):
-        sl.writer_subspace(model, few, layer=WRITES_X)
+        sl.trace.writer_subspace(model, few, layer=WRITES_X)
     assert one.share(("mlp", HELPS_X)) < one.share(("mlp", WRITES_X))
 
 
-def test_eight_sinks_are_enough_to_fit_on(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+def test_eight_sinks_are_enough_to_fit_on(model: TransformerBridge, trace: sl.trace.SinkTrace) -> None:
     single = {t.document: t for t in trace.traced if t.kind == "secondary"}
     some = replace(trace, traced=tuple(single[d] for d in sorted(single)[:16]))
-    verdict = sl.writer_subspace(model, some, layer=WRITES_X, sizes=(1,), n_random=1, progress=False)
+    verdict = sl.trace.writer_subspace(model, some, layer=WRITES_X, sizes=(1,), n_random=1, progress=False)
     assert verdict.number("carried by 1")["n"] == 8
     assert math.isnan(verdict.number("carried by 1")["low"])
     assert verdict.holds is None
     for sizes in ((), (8, 12), (0, 1)):
         with pytest.raises(sl.BadInputError, match="sizes must begin"):
-            sl.writer_subspace(model, some, sizes=sizes)
+            sl.trace.writer_subspace(model, some, sizes=sizes)
     fewer = replace(some, traced=some.traced[:14])
     with pytest.raises(sl.BadInputError, match="of 7 secondary sinks"):
-        sl.writer_subspace(model, fewer, layer=WRITES_X)
+        sl.trace.writer_subspace(model, fewer, layer=WRITES_X)

@@ -102,7 +102,7 @@ def test_results_can_be_saved_drawn_and_read(tmp_path: Path) -> None:
     ids = torch.stack(random_rows((20, 20)))
     for over in ("layer", "head", "layer-head", "dose"):
         found = sl.sweep_ablation(model, ids, [0], over=over)
-        back = sl.Sweep.load(found.save(tmp_path / f"{over}.safetensors"))
+        back = sl.experiment.Sweep.load(found.save(tmp_path / f"{over}.safetensors"))
         assert back.to_dataframe().equals(found.to_dataframe())
         assert back.plot().layout.title.text
         assert over.split("-")[0] in repr(back)

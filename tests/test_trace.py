@@ -148,7 +148,7 @@ def test_margins_and_importance_are_those_of_find_sinks(tmp_path: Path) -> None:
     for t, position in enumerate((0, 20)):
         assert (seen.beta[0, t] - found.mass[0, :, position]).abs().max() < 1e-5
     trace = sl.trace_sinks(model, texts(), progress=False)
-    again = sl.SinkTrace.load(trace.save(tmp_path / "trace.safetensors"))
+    again = sl.trace.SinkTrace.load(trace.save(tmp_path / "trace.safetensors"))
     assert again.writers().equals(trace.writers())
     assert again.effects().equals(trace.effects())
     assert again.to_dataframe().equals(trace.to_dataframe())
@@ -202,14 +202,14 @@ def test_replacements_do_what_their_names_say() -> None:
 def test_a_planted_output_makes_a_sink_and_its_controls_do_not() -> None:
     model = planted_writers()
     trace = sl.trace_sinks(model, texts(), causal=False, progress=False)
-    table = sl.plant_sinks(model, trace, positions=(30,), n_random=4, progress=False)
+    table = sl.trace.plant_sinks(model, trace, positions=(30,), n_random=4, progress=False)
     by = {(r["sink"], r["added"]): r for r in table.to_dict("records") if r["sequence"] == 0}
     for sink in (0, 20):
         assert by[sink, "writer"]["d_alpha"] > 0.1
         assert by[sink, "flipped"]["d_alpha"] < 0.01
         assert by[sink, "random"]["d_alpha"] < 0.5 * by[sink, "writer"]["d_alpha"]
     with pytest.raises(sl.BadInputError, match="are sinks"):
-        sl.plant_sinks(model, trace, positions=(20,))
+        sl.trace.plant_sinks(model, trace, positions=(20,))
 
 
 def test_nothing_to_trace_and_bad_input() -> None:
@@ -222,7 +222,7 @@ def test_nothing_to_trace_and_bad_input() -> None:
     with pytest.raises(sl.BadInputError, match="empty"):
         empty.plot()
     with pytest.raises(sl.BadInputError, match="no writer"):
-        sl.plant_sinks(model, empty)
+        sl.trace.plant_sinks(model, empty)
     with pytest.raises(sl.BadInputError, match="replacements"):
         sl.trace_sinks(model, texts(), replacements=("median",))
     other = sl.find_sinks(model, texts(2))
@@ -238,7 +238,7 @@ def test_names() -> None:
 def test_planted_neurons_are_named_and_fed_by_the_embedding() -> None:
     model = planted_writers()
     trace = sl.trace_sinks(model, texts(), causal=False, progress=False)
-    found = sl.writer_neurons(model, trace, top=(1,), n_random=2, progress=False)
+    found = sl.trace.writer_neurons(model, trace, top=(1,), n_random=2, progress=False)
     top = {(r["position"], r["writer"]): r for r in found.to_dataframe().to_dict("records")[::-1]}
     assert top[0, f"mlp {WRITES_Y}"]["neuron"] == 2
     assert top[20, f"mlp {WRITES_X}"]["neuron"] == 5

@@ -123,7 +123,7 @@ def found(model: TransformerBridge) -> sl.SinkMap:
 
 
 @pytest.fixture(scope="module")
-def trace(model: TransformerBridge, found: sl.SinkMap) -> sl.SinkTrace:
+def trace(model: TransformerBridge, found: sl.SinkMap) -> sl.trace.SinkTrace:
     return sl.trace_sinks(
         model, found.tokens, found, replacements=REPLACEMENTS, doses=(0.5,), loss=True, progress=False
     )
@@ -146,7 +146,7 @@ def elsewhere(found: sl.SinkMap, clean: list[Run], component: Component, token_i
 
 
 def test_every_replacement_is_the_host_run_with_that_output_put_there(
-    model: TransformerBridge, found: sl.SinkMap, trace: sl.SinkTrace, clean: list[Run]
+    model: TransformerBridge, found: sl.SinkMap, trace: sl.trace.SinkTrace, clean: list[Run]
 ) -> None:
     """Margin, alpha, beta, life, rho and loss of every row; so the windows of layers that they are means over, too."""
     table = trace.effects().to_dict("records")
@@ -189,7 +189,7 @@ def test_every_replacement_is_the_host_run_with_that_output_put_there(
         assert row["d_loss"] == pytest.approx(float((edited.loss - clean[b].loss)[kept].mean()), abs=1e-4)
 
 
-def test_which_replacements_there_are(found: sl.SinkMap, trace: sl.SinkTrace) -> None:
+def test_which_replacements_there_are(found: sl.SinkMap, trace: sl.trace.SinkTrace) -> None:
     """Writers and erasers in every way, what feeds the last writer by tokens of its id, controls apart from these."""
     table = trace.effects().to_dict("records")
     for one in trace.traced:
@@ -219,7 +219,7 @@ def test_which_replacements_there_are(found: sl.SinkMap, trace: sl.SinkTrace) ->
 
 
 def test_replacements_alone_run_three_layers_behind_the_phase(
-    model: TransformerBridge, found: sl.SinkMap, trace: sl.SinkTrace
+    model: TransformerBridge, found: sl.SinkMap, trace: sl.trace.SinkTrace
 ) -> None:
     """Without doses or a loss later layers are not run; what is shown of the earlier ones is the same."""
     short = sl.trace_sinks(model, found.tokens, found, replacements=("same_id",), progress=False)
@@ -260,7 +260,7 @@ def test_what_writes_a_twentieth_is_a_layer_before_the_reference_one() -> None:
 
 
 def test_the_primary_without_secondary_sinks_is_the_host_run_without_what_writes_them(
-    model: TransformerBridge, found: sl.SinkMap, trace: sl.SinkTrace, clean: list[Run]
+    model: TransformerBridge, found: sl.SinkMap, trace: sl.trace.SinkTrace, clean: list[Run]
 ) -> None:
     """Whatever writes 5 % of them in any of their phases is put at its value at the same id, once and all at a time."""
     assert [entry["sequence"] for entry in trace.primaries] == [0, 1, 2]

@@ -33,7 +33,7 @@ def model() -> TransformerBridge:
 
 
 @pytest.fixture(scope="module")
-def trace(model: TransformerBridge) -> sl.SinkTrace:
+def trace(model: TransformerBridge) -> sl.trace.SinkTrace:
     """18 documents; a second X far behind the first in every other one."""
     ids = texts(DOCUMENTS)
     ids[::2, 50] = X
@@ -73,8 +73,8 @@ def test_rank_correlation_is_spearman_and_ignores_what_differs_between_groups() 
     assert math.isnan(rank_correlation([1.0] * 60, y.tolist(), groups, documents)[0])
 
 
-def test_alignment_is_the_cosine_of_what_the_writer_adds(model: TransformerBridge, trace: sl.SinkTrace) -> None:
-    found = sl.writer_alignment(trace)
+def test_alignment_is_the_cosine_of_what_the_writer_adds(model: TransformerBridge, trace: sl.trace.SinkTrace) -> None:
+    found = sl.trace.writer_alignment(trace)
     assert set(found.details.writer) == {f"mlp {WRITES_X}"}
     kept: list[torch.Tensor] = []
     keep: Any = (f"blocks.{WRITES_X}.hook_mlp_out", lambda t, hook: kept.append(t[0, 20].detach()))
@@ -102,7 +102,7 @@ def test_tokens_of_the_same_id_that_are_no_sink_are_compared(model: TransformerB
     assert {"cosine", "same_id_norm"} <= set(row)
 
 
-def test_mean_shares_sum_to_one(trace: sl.SinkTrace) -> None:
+def test_mean_shares_sum_to_one(trace: sl.trace.SinkTrace) -> None:
     table = trace.shares("secondary")
     assert table.component.tolist()[0] == f"mlp {WRITES_X}"
     assert table.share.sum() == pytest.approx(1, abs=1e-4)
@@ -110,8 +110,8 @@ def test_mean_shares_sum_to_one(trace: sl.SinkTrace) -> None:
     assert len(trace.shares("undetermined")) == 0
 
 
-def test_doses_of_the_norm_move_mass_and_life(trace: sl.SinkTrace) -> None:
-    found = sl.norm_and_mass(trace)
+def test_doses_of_the_norm_move_mass_and_life(trace: sl.trace.SinkTrace) -> None:
+    found = sl.trace.norm_and_mass(trace)
     assert all(name in set(found.numbers.quantity) for name in ("Spearman of norm and mass", "alpha at dose 0.5"))
     at = {dose: found.number(f"alpha at dose {dose}")["mean"] for dose in ("0", "0.5", "1", "2")}
     assert at["0"] < at["0.5"] < at["1"] < at["2"]
@@ -125,7 +125,7 @@ def test_doses_of_the_norm_move_mass_and_life(trace: sl.SinkTrace) -> None:
         trace.part([]).plot_doses()
 
 
-def test_lives_are_those_of_find_sinks(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+def test_lives_are_those_of_find_sinks(model: TransformerBridge, trace: sl.trace.SinkTrace) -> None:
     found = sl.find_sinks(model, trace.tokens)
     clean = {(s.sequence, s.position): s.lifetime for s in found}
     for row in trace.effects().to_dict("records"):
@@ -133,9 +133,9 @@ def test_lives_are_those_of_find_sinks(model: TransformerBridge, trace: sl.SinkT
             assert row["life"] - row["d_life"] == clean[row["sequence"], row["position"]]
 
 
-def test_competition_is_told_from_real_weakening(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+def test_competition_is_told_from_real_weakening(model: TransformerBridge, trace: sl.trace.SinkTrace) -> None:
     """Here secondary sinks only compete: without them the primary gains attention, and its margin stays."""
-    found = sl.primary_weakening(trace)
+    found = sl.trace.primary_weakening(trace)
     assert found.number("recovered_alpha")["low"] > 0.01
     assert abs(found.number("recovered_margin")["mean"]) < 1e-3
     assert found.number("dip_alpha")["high"] < 0
@@ -149,10 +149,10 @@ def test_competition_is_told_from_real_weakening(model: TransformerBridge, trace
     assert entry["alpha"][layer] == pytest.approx(float(kept[0][:, :, 0].mean()), abs=1e-5)
     assert entry["alive"] == [0] * (WRITES_X + 1) + [2] * (ERASES_X - WRITES_X) + [0] * (LAYERS - ERASES_X - 1)
     with pytest.raises(sl.BadInputError, match="no sequence has"):
-        sl.primary_weakening(trace.part([]))
+        sl.trace.primary_weakening(trace.part([]))
 
 
-def test_levels_join_neighbours_and_count_them(trace: sl.SinkTrace) -> None:
+def test_levels_join_neighbours_and_count_them(trace: sl.trace.SinkTrace) -> None:
     assert _clusters([(3, 7), (4, 8), (9, 2), (5, 9), (9, 4)]) == {
         (3, 7): 0,
         (4, 8): 0,
@@ -160,18 +160,20 @@ def test_levels_join_neighbours_and_count_them(trace: sl.SinkTrace) -> None:
         (9, 2): 1,
         (9, 4): 2,
     }
-    found = sl.sink_levels(trace)
+    found = sl.trace.sink_levels(trace)
     assert found.number("levels")["mean"] == 1
     assert found.number("covered")["mean"] == 1
     assert found.number("same level, same token")["mean"] == 1
     assert found.holds is True
     assert found.details.to_dict("records")[0]["lifetime"] == ERASES_X - WRITES_X
-    assert sl.sink_levels(trace.part([0, 1])).number("covered")["n"] == 3  # two in the first document
+    assert sl.trace.sink_levels(trace.part([0, 1])).number("covered")["n"] == 3  # two in the first document
     with pytest.raises(sl.BadInputError, match="no levels"):
-        sl.sink_levels(trace, kind="undetermined")
+        sl.trace.sink_levels(trace, kind="undetermined")
 
 
-def test_one_direction_of_the_input_carries_a_planted_writer(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+def test_one_direction_of_the_input_carries_a_planted_writer(
+    model: TransformerBridge, trace: sl.trace.SinkTrace
+) -> None:
     """The planted MLP reads one direction: the sinks' inputs differ along it, and along another that it ignores."""
     owners = [one for one in trace.traced if one.kind == "secondary"]
     draw = torch.Generator().manual_seed(0)
@@ -201,13 +203,15 @@ def test_one_direction_of_the_input_carries_a_planted_writer(model: TransformerB
     assert _carried(mlp, test, centre, axis[None])[0] == pytest.approx(naive, rel=1e-4)
 
 
-def test_the_subspace_needs_writers_enough_sinks_and_others(model: TransformerBridge, trace: sl.SinkTrace) -> None:
+def test_the_subspace_needs_writers_enough_sinks_and_others(
+    model: TransformerBridge, trace: sl.trace.SinkTrace
+) -> None:
     with pytest.raises(sl.BadInputError, match="no MLP writes"):
-        sl.writer_subspace(model, trace.part([]))
+        sl.trace.writer_subspace(model, trace.part([]))
     with pytest.raises(sl.BadInputError, match="are needed"):
-        sl.writer_subspace(model, trace.part([0, 1]))
+        sl.trace.writer_subspace(model, trace.part([0, 1]))
     with pytest.raises(sl.BadInputError, match="every token of these ids is a sink"):
-        sl.writer_subspace(model, trace, progress=False)
+        sl.trace.writer_subspace(model, trace, progress=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "neox"])
@@ -226,7 +230,7 @@ def test_reading_heads_are_those_that_attend_and_no_others(model: TransformerBri
     ids = texts(4)
     scores = sl.sink_scores(model, ids)
     found = sl.find_sinks(model, ids)
-    table = sl.reading_heads(scores, found, permutations=199)
+    table = sl.heads.reading_heads(scores, found, permutations=199)
     assert set(table.layer) == set(range(WRITES_X + 1, ERASES_X + 1))
     assert table.reads.all()  # every planted head asks for the direction
     row = table.to_dict("records")[0]
@@ -239,29 +243,29 @@ def test_reading_heads_are_those_that_attend_and_no_others(model: TransformerBri
     dull = sl.SinkScores(
         torch.rand_like(scores.alpha), torch.rand_like(scores.beta), scores.uniform, None, scores.tokens, scores.info
     )
-    assert sl.reading_heads(dull, found, permutations=199).reads.mean() < 0.2
+    assert sl.heads.reading_heads(dull, found, permutations=199).reads.mean() < 0.2
     with pytest.raises(sl.BadInputError, match="same tokens"):
-        sl.reading_heads(sl.sink_scores(model, texts(2)), found)
+        sl.heads.reading_heads(sl.sink_scores(model, texts(2)), found)
     with pytest.raises(sl.BadInputError, match="no undetermined"):
-        sl.reading_heads(scores, found, kind="undetermined")
+        sl.heads.reading_heads(scores, found, kind="undetermined")
     with pytest.raises(sl.BadInputError, match="there is none to draw"):  # this token is always a sink
-        sl.reading_heads(scores, found, null="same_id")
+        sl.heads.reading_heads(scores, found, null="same_id")
     told = [s for s in found.secondary if s.sequence < 2]  # the rest is declared to be no sink
     some = replace(found, sinks=tuple(told), places=tuple((s.sequence, s.position) for s in told))
-    same = sl.reading_heads(scores, some, null="same_id", permutations=199).to_dict("records")
+    same = sl.heads.reading_heads(scores, some, null="same_id", permutations=199).to_dict("records")
     others = [float(scores.beta[b, same[0]["layer"], same[0]["head"], 20]) for b in (2, 3)]
     assert same[0]["null"] == pytest.approx(sum(others) / 2, rel=0.2)
     assert max(row["null"] for row in same) > 10 * max(row["null"] for row in table.to_dict("records"))
     with pytest.raises(sl.BadInputError, match="any or same_id"):
-        sl.reading_heads(scores, found, null="other")
+        sl.heads.reading_heads(scores, found, null="other")
 
 
 def test_the_circuit_names_neuron_writer_token_eraser_and_readers(
-    model: TransformerBridge, trace: sl.SinkTrace
+    model: TransformerBridge, trace: sl.trace.SinkTrace
 ) -> None:
     part = trace.part([0, 1])
     number = next(t.sink for t in part.traced if t.kind == "secondary")
-    neurons = sl.writer_neurons(model, part, top=(1,), n_random=1, progress=False)
+    neurons = sl.trace.writer_neurons(model, part, top=(1,), n_random=1, progress=False)
     graph = part.circuit(number, neurons=neurons, scores=sl.sink_scores(model, trace.tokens))
     token = next(n for n, data in graph.nodes(data=True) if data["kind"] == "token")
     assert graph.edges[f"mlp {WRITES_X}", token]["weight"] == pytest.approx(1, abs=0.05)
@@ -307,10 +311,10 @@ def test_several_edits_of_one_run_and_shorter_runs() -> None:
     assert short.alpha[:, :, 1].isnan().all()
 
 
-def test_traces_with_primaries_are_saved_and_parted(trace: sl.SinkTrace, tmp_path: Path) -> None:
-    again = sl.SinkTrace.load(trace.save(tmp_path / "trace.safetensors"))
+def test_traces_with_primaries_are_saved_and_parted(trace: sl.trace.SinkTrace, tmp_path: Path) -> None:
+    again = sl.trace.SinkTrace.load(trace.save(tmp_path / "trace.safetensors"))
     assert again.primaries == trace.primaries
-    assert repr(sl.primary_weakening(again)) == repr(sl.primary_weakening(trace))
+    assert repr(sl.trace.primary_weakening(again)) == repr(sl.trace.primary_weakening(trace))
     half = trace.part([0, 2, 4])
     assert {t.document for t in half.traced} == {0, 2, 4}
     assert len(half.primaries) == 3
@@ -323,7 +327,7 @@ def test_verdicts_say_what_is_not_decided() -> None:
     row = quantity("x", [1.0, math.nan, 3.0], [0, 1, 2])
     assert (row["mean"], row["n"], row["documents"]) == (2.0, 2, 2)
     assert math.isnan(row["low"])
-    verdict = sl.Verdict("c", "s", None, pd.DataFrame([row]), pd.DataFrame(), "r")
+    verdict = sl.trace.Verdict("c", "s", None, pd.DataFrame([row]), pd.DataFrame(), "r")
     assert "not decided" in repr(verdict)
     assert verdict.to_dataframe().equals(verdict.numbers)
 
@@ -359,8 +363,10 @@ def test_norms_on_the_stream_are_refused_in_words() -> None:
         check_writing(model, torch.stack(random_rows((30,))), ("mlp", 0), 7)
 
 
-def test_what_triggers_a_planted_neuron_is_its_tokens_embedding(model: TransformerBridge, trace: sl.SinkTrace) -> None:
-    found = sl.writer_neurons(model, trace.part([0]), top=(1,), n_random=1, progress=False)
+def test_what_triggers_a_planted_neuron_is_its_tokens_embedding(
+    model: TransformerBridge, trace: sl.trace.SinkTrace
+) -> None:
+    found = sl.trace.writer_neurons(model, trace.part([0]), top=(1,), n_random=1, progress=False)
     row = next(r for r in found.to_dataframe().to_dict("records") if r["kind"] == "secondary" and r["neuron"] == 5)
     assert row["in_cosine"] > 0.6
     assert row["in_cosine"] > 2 * max(

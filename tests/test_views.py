@@ -28,7 +28,7 @@ def test_the_map_shows_the_head_that_it_names_and_blanks_what_a_query_may_not_se
     figure = sl.attention_map(model, ids, layer=1, head=2)
     shown = cells(figure)
     expected = eager_patterns(reference, ids)[1][2]
-    facts = sl.capabilities(model)
+    facts = sl.models.capabilities(model)
     for i in range(60):
         for k in range(60):
             window = facts.windows[1]
@@ -54,12 +54,12 @@ def test_logits_are_the_scores_whose_softmax_is_the_pattern() -> None:
 def test_the_grid_has_a_map_per_layer_in_order() -> None:
     _, model = build_pair("gemma3")
     ids = random_rows((20,))[0]
-    grid = sl.attention_grid(model, ids, head=3)
+    grid = sl.heads.attention_grid(model, ids, head=3)
     assert [a.text for a in grid.layout.annotations] == ["layer 0", "layer 1", "layer 2"]
     for layer in range(3):
         single = sl.attention_map(model, ids, layer=layer, head=3)
         assert torch.equal(cells(grid, layer).nan_to_num(-1), cells(single).nan_to_num(-1))
-    single_layer: Any = sl.attention_grid(model, ids, layers=[2])
+    single_layer: Any = sl.heads.attention_grid(model, ids, layers=[2])
     assert len(single_layer.data) == 1
 
 
@@ -82,7 +82,7 @@ def test_wrong_choices_are_refused(options: dict[str, Any], message: str) -> Non
 def test_long_texts_are_refused_rather_than_drawn_for_minutes() -> None:
     _, model = build_pair("llama")
     with pytest.raises(sl.BadInputError, match="draws up to 64 tokens"):
-        sl.attention_grid(model, random_rows((65,))[0])
+        sl.heads.attention_grid(model, random_rows((65,))[0])
     with pytest.raises(sl.BadInputError, match="draws up to 128 tokens"):
         sl.attention_map(model, random_rows((129,))[0], layer=0, head=0)
     sinks = sl.find_sinks(planted_model(6, {X: 8.0}, {X: range(6)}), row(129, {0: X}))

@@ -1,1 +1,5 @@
 """Edits: sinks ablated, attention swapped or restricted, residual states and BOS patched."""
+
+from sinklens.core.lazy import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

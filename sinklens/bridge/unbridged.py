@@ -1,9 +1,9 @@
 """``PlainModel``: a transformers model without a TransformerLens bridge, whose attention can be measured all the same.
 
-Its attention modules call a function of ours through transformers' ``AttentionInterface`` (:mod:`plain_backend`), so
-:func:`sinklens.sink_scores`, :func:`sinklens.find_sinks`, :func:`sinklens.register_tokens` and :func:`sinklens.flash`
-work on it. It has no hooks: everything else raises ``UnsupportedModelError``, also where something asks this object for
-what only a bridge has.
+Its attention modules call a function of ours through transformers' ``AttentionInterface``
+(``sinklens.attention.unbridged``), so :func:`sinklens.sink_scores`, :func:`sinklens.find_sinks`,
+:func:`sinklens.find.register_tokens` and :func:`sinklens.flash` work on it. It has no hooks: everything else raises
+``UnsupportedModelError``, also where something asks this object for what only a bridge has.
 """
 
 from __future__ import annotations

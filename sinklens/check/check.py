@@ -31,12 +31,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.bridge.capabilities import record
 from sinklens.bridge.unbridged import PlainModel
-from sinklens.check import attention_checks as reading
-from sinklens.check import cause_checks as causes
-from sinklens.check import edit_checks as edits
-from sinklens.check import head_checks as heads
-from sinklens.check import mixing_checks as mixing
-from sinklens.check import unbridged_checks as plain
+from sinklens.check import (
+    attention_checks as reading,
+    cause_checks as causes,
+    edit_checks as edits,
+    head_checks as heads,
+    mixing_checks as mixing,
+    unbridged_checks as plain,
+)
 from sinklens.check.subject import LENGTH, Parts, Subject
 from sinklens.core.errors import BadInputError, SinklensError, SinklensWarning, UnsupportedModelError
 from sinklens.core.storage import atomic_path

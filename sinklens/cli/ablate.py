@@ -80,4 +80,6 @@ def ablate(
     )
     show_effects(experiment)
     if out is not None:
-        say_written(sl.write_experiment(experiment, out, title="sinks ablated", command=["sinklens", *sys.argv[1:]]))
+        say_written(
+            sl.experiment.write_experiment(experiment, out, title="sinks ablated", command=["sinklens", *sys.argv[1:]])
+        )

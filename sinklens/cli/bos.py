@@ -52,7 +52,7 @@ def bos(
     where = source_of(text, corpus, Context.natural)
     loaded = sl.load_model(model)
     tokens = sl.load_tokens(loaded, where, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
-    variants = sl.bos_variants(loaded, tokens, replacement=replacement)
+    variants = sl.experiment.bos_variants(loaded, tokens, replacement=replacement)
     table = variants.to_dataframe(loaded)
     shown = Table("first token", "loss", "difference", "interval", box=None, pad_edge=False)
     for row in table.to_dict("records"):
@@ -73,4 +73,6 @@ def bos(
         show_effects(experiment)
         if out is not None:
             command = ["sinklens", *sys.argv[1:]]
-            say_written(sl.write_experiment(experiment, out, title="the first token patched", command=command))
+            say_written(
+                sl.experiment.write_experiment(experiment, out, title="the first token patched", command=command)
+            )

@@ -25,7 +25,7 @@ def check(
     if out is not None and out.is_dir():
         raise BadInputError(f"--out {str(out)!r} is a folder; give a .csv file")
     loaded = sl.load_model(model)
-    facts = sl.capabilities(loaded)
+    facts = sl.models.capabilities(loaded)
     found = sl.check_model(loaded, functions=None if only is None else [name.strip() for name in only.split(",")])
     edits = "editable" if facts.pattern_edit else "read-only (edits go through the registered attention function)"
     kind = "causal" if facts.causal else "bidirectional"

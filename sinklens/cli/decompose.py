@@ -97,4 +97,4 @@ def decompose(
         highlight=False,
     )
     if out is not None:
-        say_written(sl.write_decomposition(result, out, command=["sinklens", *sys.argv[1:]]))
+        say_written(sl.decompose.write_decomposition(result, out, command=["sinklens", *sys.argv[1:]]))

@@ -26,9 +26,9 @@ def images(
 
     check_out(out)
     loaded = sl.load_model(model)
-    tokens = sl.load_images(loaded, list(paths) if paths else sl.sample_images(), size=size)
+    tokens = sl.load_images(loaded, list(paths) if paths else sl.inputs.sample_images(), size=size)
     scores = sl.sink_scores(loaded, tokens)
-    registers = sl.register_tokens(loaded, tokens, ratio=ratio)
+    registers = sl.find.register_tokens(loaded, tokens, ratio=ratio)
     stdout.print(plain(repr(registers)), highlight=False)
     found = registers.to_dataframe(scores)
     table = Table("picture", "token", "norm / median", "alpha", "times uniform", box=None, pad_edge=False)
@@ -40,4 +40,4 @@ def images(
     if len(found) > 40:
         stdout.print(f"... and {len(found) - 40} more; --out writes them all", highlight=False)
     if out is not None:
-        say_written(sl.write_images(scores, registers, out, command=["sinklens", *sys.argv[1:]]))
+        say_written(sl.find.write_images(scores, registers, out, command=["sinklens", *sys.argv[1:]]))

@@ -63,8 +63,8 @@ def mix(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sl.SinklensWarning)
         whole = sl.find_sinks(loaded, tokens)
-    sinks = whole.cut(range(len(tokens)), first) if sl.capabilities(loaded).causal else whole
-    conditions = sl.mixing_conditions(loaded, sinks, doses=factors, control=control, seed=seed)
+    sinks = whole.cut(range(len(tokens)), first) if sl.models.capabilities(loaded).causal else whole
+    conditions = sl.mixing.mixing_conditions(loaded, sinks, doses=factors, control=control, seed=seed)
     edits, losses = conditions.edits, conditions.losses
     shared: dict[str, Any] = {"sinks": sinks, "seed": seed}
     found = sl.compare_mixing(
@@ -72,20 +72,22 @@ def mix(
         frozen_norms=frozen_norms, twin=twin, **shared,
     )  # fmt: skip
     show(found, losses)
-    perturbed = sl.perturbation_spread(loaded, sinks.tokens, edits, n_swaps=swaps, **shared) if swaps else None
+    perturbed = sl.mixing.perturbation_spread(loaded, sinks.tokens, edits, n_swaps=swaps, **shared) if swaps else None
     if perturbed is not None:
         stdout.print(plain(repr(perturbed)), highlight=False)
-    alike = sl.measure_collapse(loaded, sinks.tokens, edits, sinks=sinks) if collapse else None
+    alike = sl.mixing.measure_collapse(loaded, sinks.tokens, edits, sinks=sinks) if collapse else None
     if alike is not None:
         stdout.print(plain(repr(alike)), highlight=False)
-    bounds = sl.path_sums(loaded, sinks.tokens, **shared) if bound else None
+    bounds = sl.mixing.path_sums(loaded, sinks.tokens, **shared) if bound else None
     if bounds is not None:
         worst = bounds.looseness()
         stdout.print(f"path-sum bound: {worst.broken.sum()} of {worst.n.sum()} blocks above it", highlight=False)
     if out is not None:
         command = ["sinklens", *sys.argv[1:]]
         say_written(
-            sl.write_mixing(found, out, losses=losses, swaps=perturbed, collapse=alike, bound=bounds, command=command)
+            sl.mixing.write_mixing(
+                found, out, losses=losses, swaps=perturbed, collapse=alike, bound=bounds, command=command
+            )
         )
 
 

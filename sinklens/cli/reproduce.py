@@ -25,8 +25,7 @@ def reproduce(
 ) -> None:
     """Measure published results again: published against measured, with interval and verdict."""
     from sinklens.core.storage import write_text
-    from sinklens.reproductions import CATALOGUE
-    from sinklens.reproductions import reproduce as run
+    from sinklens.reproductions import CATALOGUE, reproduce as run
 
     check_out(out)
     if listed:

@@ -56,12 +56,16 @@ def scan(
     tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
     scores = sl.sink_scores(loaded, tokens)
     loss = None
-    if not isinstance(loaded, sl.PlainModel) and sl.capabilities(loaded).causal and has_trained_head(loaded):
+    if (
+        not isinstance(loaded, sl.models.PlainModel)
+        and sl.models.capabilities(loaded).causal
+        and has_trained_head(loaded)
+    ):
         loss = float(sl.token_loss(loaded, tokens).nanmean())
     show_summary(summarize(scores, position=position, epsilon=epsilon, loss=loss))
     if out is not None:
         command = ["sinklens", *sys.argv[1:]]
-        paths = sl.write_scan(scores, out, position=position, epsilon=epsilon, loss=loss, command=command)
+        paths = sl.find.write_scan(scores, out, position=position, epsilon=epsilon, loss=loss, command=command)
         say_written(paths)
 
 

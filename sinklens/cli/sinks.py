@@ -58,7 +58,7 @@ def sinks(
     anatomy = sl.sink_anatomy(loaded, found)
     show_sinks(found, anatomy)
     if out is not None:
-        say_written(sl.write_sinks(found, anatomy, out, command=["sinklens", *sys.argv[1:]]))
+        say_written(sl.find.write_sinks(found, anatomy, out, command=["sinklens", *sys.argv[1:]]))
 
 
 def show_sinks(found: Any, anatomy: Any) -> None:

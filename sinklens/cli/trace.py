@@ -70,7 +70,7 @@ def trace(
         stdout.print("no sink to trace; " + plain(" ".join(found.notes)), highlight=False)
         return
     show(result)
-    planted = sl.plant_sinks(loaded, result, seed=seed) if plant else None
+    planted = sl.trace.plant_sinks(loaded, result, seed=seed) if plant else None
     if planted is not None:
         table = Table("sink", "writer", "planted at", "added", "alpha", "change", box=None, pad_edge=False)
         for row in planted.to_dict("records"):
@@ -78,13 +78,13 @@ def trace(
             numbers = (f"{row['alpha']:.3f}", f"{row['d_alpha']:+.3f}")
             table.add_row(str(row["sink"]), row["writer"], plain(at), row["added"], *numbers)
         stdout.print(table)
-    split = sl.writer_neurons(loaded, result, seed=seed) if neurons else None
+    split = sl.trace.writer_neurons(loaded, result, seed=seed) if neurons else None
     for row in split.writers.to_dict("records") if split is not None else []:
         count = f"{row['neurons_for_90']} of {row['neurons']} neurons carry 90 % of {row['writer']}"
         stdout.print(f"{row['sequence']}:{row['position']}: {count}", highlight=False)
     if out is not None:
         command = ["sinklens", *sys.argv[1:]]
-        say_written(sl.write_trace(result, out, planted=planted, neurons=split, scores=scores, command=command))
+        say_written(sl.trace.write_trace(result, out, planted=planted, neurons=split, scores=scores, command=command))
 
 
 def show(result: Any) -> None:

@@ -109,6 +109,29 @@ def _digest(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The kind of result that a file holds, from its header alone.
+
+    Raises:
+        BadInputError: no such file, half a file, or one that sinklens did not write.
+    """
+    name = os.fspath(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {}).get("sinklens", "null"))
+    except (SafetensorError, OSError, ValueError):
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))  # a Reproductions is a JSON file
+        except (OSError, ValueError) as error:
+            there = os.path.exists(name) if "\0" not in name else False
+            raise BadInputError(
+                f"{name!r} is no complete file of a result ({error})" if there else f"no result file at {name!r}"
+            ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
+        raise BadInputError(f"{name!r} was not written by a result's save: no header says what it holds")
+    return content["kind"]
+
+
 def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what :func:`save_tensors` wrote.
 

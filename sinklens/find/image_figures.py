@@ -38,7 +38,7 @@ def image_map(
     ends where one patch in 400 lies above it). Hover shows alpha itself.
 
     Args:
-        scores: of :class:`sinklens.Images`.
+        scores: of :class:`sinklens.inputs.Images`.
         image: which picture.
         layers: up to eight; default four over the depth of the model, first and last among them.
         heads: the mean over these only.

@@ -181,7 +181,7 @@ class SinkScores(ShownInJupyter, table="position_table"):
     def plot_image(
         self, image: int = 0, layers: Sequence[int] | None = None, *, heads: Sequence[int] | None = None
     ) -> Figure:
-        """Attention on patches, drawn over the picture: :func:`sinklens.image_map`."""
+        """Attention on patches, drawn over the picture: :func:`sinklens.find.image_map`."""
         from sinklens.find.image_figures import image_map
 
         return image_map(self, image, layers, heads=heads)

@@ -16,8 +16,7 @@ from sinklens.bridge.capabilities import Capabilities, record, same_model
 from sinklens.bridge.unbridged import PlainModel
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
-from sinklens.find.lifetimes import Thresholds
-from sinklens.find.lifetimes import activity as active_where
+from sinklens.find.lifetimes import Thresholds, activity as active_where
 from sinklens.find.residual_detectors import direction_activity, wong_sequences
 from sinklens.find.scores import SinkScores, sink_scores
 from sinklens.find.sinkmap import Sink, SinkMap, assemble
@@ -64,7 +63,7 @@ def find_sinks(
         scores: :func:`sinklens.sink_scores` of the same tokens, if at hand.
         backend: of the scores: "auto", "hooks" or "flash".
         activity, uniform_factor, gap, min_life, primary_mass, late, onset_tolerance, end_tolerance, head_use: the
-            thresholds, see :class:`sinklens.Thresholds`.
+            thresholds, see :class:`sinklens.find.Thresholds`.
         norm_ratio, cosine: the direction method's criteria.
         progress: show a bar; default in terminals and notebooks.
 

@@ -40,7 +40,7 @@ def mixing_by_length(
         options: the other arguments of :func:`sinklens.compare_mixing`; ``most`` bounds the columns of long texts.
 
     Returns:
-        The table of :meth:`sinklens.MixingComparison.to_dataframe` with a column ``tokens``.
+        The table of :meth:`sinklens.mixing.MixingComparison.to_dataframe` with a column ``tokens``.
 
     Cost: that of one comparison per length.
 

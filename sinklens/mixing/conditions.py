@@ -57,7 +57,8 @@ def mixing_conditions(
         model: from :func:`sinklens.load_model`.
         sinks: the map, on the very tokens that are measured (cut it with :meth:`sinklens.SinkMap.cut`).
         doses: also the primary's attention scaled by these factors.
-        control: for each "without" that costs loss, noise of the same loss (:func:`sinklens.matched_damage`).
+        control: for each "without" that costs loss, noise of the same loss
+            (:func:`sinklens.experiment.matched_damage`).
         seed: of the noise.
 
     Raises:

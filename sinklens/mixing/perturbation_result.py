@@ -1,4 +1,4 @@
-"""``Perturbation``: what :func:`sinklens.perturbation_spread` found, its table and its figures."""
+"""``Perturbation``: what :func:`sinklens.mixing.perturbation_spread` found, its table and its figures."""
 
 from __future__ import annotations
 

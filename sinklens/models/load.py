@@ -1,6 +1,6 @@
 """``load_model``: a name, folder, GGUF file, hub id or model object becomes a raw, proven TransformerBridge.
 
-Models that TransformerLens does not wrap, or that read images, become a :class:`sinklens.PlainModel`.
+Models that TransformerLens does not wrap, or that read images, become a :class:`sinklens.models.PlainModel`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from sinklens.bridge.capabilities import capabilities, check_finite_weights
+from sinklens.bridge.capabilities import Capabilities as Capabilities, capabilities, check_finite_weights
 from sinklens.bridge.offload import check_device, input_device, offloaded
 from sinklens.bridge.torch_globals import own_generator
 from sinklens.bridge.unbridged import PlainModel
@@ -60,8 +60,8 @@ def load_model(
     """A TransformerBridge in raw mode, in eval mode, without gradients on its weights, and proven.
 
     Where TransformerLens has no adapter (ModernBERT, DistilBERT, CLIP's towers, DINOv2), or the model reads images
-    (ViT), the result is a :class:`sinklens.PlainModel`, proven too, on which :func:`sinklens.sink_scores`,
-    :func:`sinklens.find_sinks`, :func:`sinklens.register_tokens` and :func:`sinklens.flash` work; everything else
+    (ViT), the result is a :class:`sinklens.models.PlainModel`, proven too, on which :func:`sinklens.sink_scores`,
+    :func:`sinklens.find_sinks`, :func:`sinklens.find.register_tokens` and :func:`sinklens.flash` work; everything else
     raises UnsupportedModelError on it.
 
     Args:
@@ -80,7 +80,7 @@ def load_model(
             dtype); safetensors that do are read in place.
         tokenizer: for a transformers model object; without it, inputs must be token ids.
 
-    The proof (:func:`sinklens.capabilities`) runs at once, so that a model that sinklens cannot measure is
+    The proof (:func:`sinklens.models.capabilities`) runs at once, so that a model that sinklens cannot measure is
     refused here. Weights are read from safetensors or GGUF only; no remote code runs.
 
     Raises:

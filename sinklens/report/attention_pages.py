@@ -35,7 +35,7 @@ def write_attention(m: Material, shelf: Shelf, folder: Path) -> tuple[list[Atten
                 m["sinks"].cut([0], TEXT_TOKENS).token_view().save(folder / page.file)
             else:
                 text = m.tokens[0].first(_shown(m))
-                sl.attention_view(m.model, text, layer=_layer(page)).save(folder / page.file)
+                sl.heads.attention_view(m.model, text, layer=_layer(page)).save(folder / page.file)
         shelf.put(MARK, Entry(shelf.key, 0.0, 0.0))
     for file in folder.glob("layer-*.html"):  # of another report in this folder
         if file.name not in {page.file for page in planned}:
@@ -61,7 +61,7 @@ def _planned(m: Material) -> tuple[list[AttentionPage], str]:
         )
     ]
     facts = record(m.model)
-    if isinstance(m.model, sl.PlainModel):
+    if isinstance(m.model, sl.models.PlainModel):
         return pages, "Attention maps by head need a TransformerLens bridge, which this model has not."
     if not facts.causal and int(m.tokens.lengths[0]) > MAP_TOKENS:
         return pages, (
@@ -73,7 +73,7 @@ def _planned(m: Material) -> tuple[list[AttentionPage], str]:
             AttentionPage(
                 f"layer-{layer}.html",
                 f"all heads of layer {layer} on the first {_shown(m)} tokens",
-                f"sl.attention_view(model, tokens[0].first({_shown(m)}), layer={layer})",
+                f"sl.heads.attention_view(model, tokens[0].first({_shown(m)}), layer={layer})",
             )
         )
     return pages, ""

@@ -11,8 +11,7 @@ from sinklens.report import story
 from sinklens.report.content import Plot, Section, Sheet
 from sinklens.report.stages import KINDS, STAGES, Material
 from sinklens.trace.figures import share_bars
-from sinklens.trace.page import CAPTION as TRACED
-from sinklens.trace.page import CIRCUIT, NEURONS
+from sinklens.trace.page import CAPTION as TRACED, CIRCUIT, NEURONS
 
 MOST_ROWS = 40  # of a table on the page; the files have all
 DRAWN_SEQUENCES = 6

@@ -115,7 +115,7 @@ def _reference_length(m: Material) -> int:
 
 
 def _neurons(m: Material) -> tuple[Any, dict[str, Any]]:
-    return sl.writer_neurons(m.model, m["trace"].part(_first_documents(m)), seed=m.seed, progress=m.progress), {}
+    return sl.trace.writer_neurons(m.model, m["trace"].part(_first_documents(m)), seed=m.seed, progress=m.progress), {}
 
 
 def _first_documents(m: Material) -> list[int]:
@@ -125,7 +125,7 @@ def _first_documents(m: Material) -> list[int]:
 
 def _mixing(m: Material) -> tuple[Any, dict[str, Any]]:
     few = m["sinks"].cut(_mixed(m), _mixed_columns(m))
-    conditions = sl.mixing_conditions(m.model, few, seed=m.seed)
+    conditions = sl.mixing.mixing_conditions(m.model, few, seed=m.seed)
     found = sl.compare_mixing(
         m.model, few.tokens, conditions.edits, sinks=few if len(few) else None, probes=m.sizes.probes,
         most=m.sizes.mixing_tokens, seed=m.seed, progress=m.progress,
@@ -170,7 +170,7 @@ def _trace_code(m: Material) -> str:
 def _mixing_code(m: Material) -> str:
     return (
         f"few = sinks.cut({_mixed(m)!r}, {_mixed_columns(m)})\n"
-        f"conditions = sl.mixing_conditions(model, few, seed={m.seed})\n"
+        f"conditions = sl.mixing.mixing_conditions(model, few, seed={m.seed})\n"
         "mixing = sl.compare_mixing(\n    model, few.tokens, conditions.edits, sinks=few if len(few) else None, "
         f"probes={m.sizes.probes},\n    most={m.sizes.mixing_tokens}, seed={m.seed}\n)"
     )
@@ -191,26 +191,28 @@ STAGES = (
         _same("sinks = sl.find_sinks(model, tokens, scores=scores)"), _same(0.0),
     ),
     Stage(
-        "experiment", "ablate: the sinks taken away, beside controls", ("sinks",), _experiment, sl.Experiment,
+        "experiment", "ablate: the sinks taken away, beside controls", ("sinks",), _experiment,
+        sl.experiment.Experiment,
         _experiment_code, lambda m: 1.6 * (1 + len(MODES) * _n_kinds(m) * (1 + len(m.sizes.controls))),
     ),
     Stage(
         "decomposition", "decompose: why the heads look there, key or value", ("sinks",), _decomposition,
-        sl.SinkDecomposition, lambda m: f"decomposition = sl.decompose_sinks(model, tokens, sinks, seed={m.seed})",
+        sl.decompose.SinkDecomposition,
+        lambda m: f"decomposition = sl.decompose_sinks(model, tokens, sinks, seed={m.seed})",
         _same(12.0),
     ),
     Stage(
-        "trace", "trace: who writes and who erases them", ("sinks",), _trace, sl.SinkTrace,
+        "trace", "trace: who writes and who erases them", ("sinks",), _trace, sl.trace.SinkTrace,
 _trace_code,
         _same(20.0),
     ),
     Stage(
-        "neurons", "trace: through which neurons", ("trace",), _neurons, sl.Neurons,
-        lambda m: f"neurons = sl.writer_neurons(model, trace.part({_first_documents(m)}), seed={m.seed})",
+        "neurons", "trace: through which neurons", ("trace",), _neurons, sl.trace.Neurons,
+        lambda m: f"neurons = sl.trace.writer_neurons(model, trace.part({_first_documents(m)}), seed={m.seed})",
         _same(6.0),
     ),
     Stage(
-        "mixing", "mix: how far tokens bleed into each other", ("sinks",), _mixing, sl.MixingComparison,
+        "mixing", "mix: how far tokens bleed into each other", ("sinks",), _mixing, sl.mixing.MixingComparison,
         _mixing_code, _same(30.0),
     ),
 )  # fmt: skip

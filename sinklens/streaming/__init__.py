@@ -9,20 +9,6 @@
 >>> model.original_model.generate(ids, past_key_values=cache)  # doctest: +SKIP
 """
 
-from __future__ import annotations
+from sinklens.core.lazy import attach_stub
 
-from sinklens.streaming.attention import streaming_attention
-from sinklens.streaming.cache import StreamingCache
-from sinklens.streaming.eviction import EvictionStudy, eviction_study
-from sinklens.streaming.loss import StreamingLoss, streaming_loss
-from sinklens.streaming.page import write_streaming
-
-__all__ = [
-    "EvictionStudy",
-    "StreamingCache",
-    "StreamingLoss",
-    "eviction_study",
-    "streaming_attention",
-    "streaming_loss",
-    "write_streaming",
-]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

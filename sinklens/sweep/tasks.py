@@ -27,8 +27,7 @@ from sinklens.experiment.experiment import run_experiment
 from sinklens.experiment.result import Experiment
 from sinklens.find.scores import sink_scores as scores_of
 from sinklens.find.sinks import find_sinks as sinks_of
-from sinklens.forward.metrics import METRICS
-from sinklens.forward.metrics import token_loss as loss_per_token
+from sinklens.forward.metrics import METRICS, token_loss as loss_per_token
 from sinklens.inputs.tokens import check_positions
 from sinklens.sweep.edits import function_of
 from sinklens.sweep.measurement import Measurement

@@ -26,7 +26,7 @@ def circuit(
     most_feeders: int = 3,
     most_readers: int = 8,
 ) -> nx.DiGraph:
-    """See :meth:`sinklens.SinkTrace.circuit`."""
+    """See :meth:`sinklens.trace.SinkTrace.circuit`."""
     phases = trace.phases(sink)
     one = phases[0]
     graph = nx.DiGraph(model=trace.info.get("model", ""), sequence=one.sequence, position=one.position, kind=one.kind)

@@ -2,7 +2,7 @@
 
 (1) the writer's output at the sink lies along the primary's direction; (2) its norm sets the sink's mass and lifetime;
 (3) the primary weakens where secondary sinks are alive; (4) sinks come in few levels of (onset, lifetime). The fifth,
-the input subspace, needs the model: :func:`sinklens.writer_subspace`.
+the input subspace, needs the model: :func:`sinklens.trace.writer_subspace`.
 """
 
 from __future__ import annotations

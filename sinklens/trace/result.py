@@ -268,7 +268,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
 
         Args:
             sink: its number in the map.
-            neurons: from :func:`sinklens.writer_neurons`: also the writers' largest neurons and what feeds them.
+            neurons: from :func:`sinklens.trace.writer_neurons`: also the writers' largest neurons and what feeds them.
             scores: of the same tokens: weights of the reading heads (else those with far importance above 0.3).
 
         Returns:

@@ -1,0 +1,3 @@
+from .hooks import Hooks as Hooks
+
+__all__: list[str]

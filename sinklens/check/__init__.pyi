@@ -1,0 +1,3 @@
+from .check import SelfTest as SelfTest
+
+__all__: list[str]
