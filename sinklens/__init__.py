@@ -18,6 +18,7 @@ import os
 from importlib import import_module
 from typing import Any
 
+from sinklens.core.errors import BadInputError
 from sinklens.core.lazy import attach_stub
 
 __version__ = "0.1.0"
@@ -130,7 +131,6 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises:
         BadInputError: no such file, half a file, one that sinklens did not write or that holds no result of its own.
     """
-    from sinklens.core.errors import BadInputError
     from sinklens.core.storage import kind_of  # torch is slow to load
 
     kind = kind_of(path)

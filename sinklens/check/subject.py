@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sinklens.bridge.adapters import block_output
 from sinklens.bridge.capabilities import Capabilities, capabilities
 from sinklens.check.reference_forward import Edit, Written, plain, write_out
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
@@ -94,8 +95,6 @@ class Subject:
 
     def states(self, hooks: Sequence[Any] = ()) -> Float[Tensor, "layer batch pos d_model"]:
         """Block outputs of the host, with hooks."""
-        from sinklens.bridge.adapters import block_output
-
         kept: list[Tensor] = []
 
         def keep(tensor: Tensor, hook: Any) -> None:

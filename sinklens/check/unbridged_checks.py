@@ -167,7 +167,7 @@ def check_images(subject: Subject, parts: Parts) -> None:
     assert isinstance(subject.tokens, Images)
 
     def measure() -> float:
-        from PIL import Image
+        from PIL import Image  # optional
 
         height, width = images.pixels.shape[-2:]
         small = Image.fromarray(pictures(1)[0]).resize((width, height), Image.Resampling.BICUBIC)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+import sinklens as sl
 from sinklens.cli.ablate import ablate
 from sinklens.cli.bos import bos
 from sinklens.cli.check import check
@@ -33,9 +34,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> bool:
     if wanted:
-        import sinklens
-
-        stdout.print(f"sinklens {sinklens.__version__}", highlight=False)
+        stdout.print(f"sinklens {sl.__version__}", highlight=False)
         raise typer.Exit
     return wanted
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+import sinklens as sl
 from sinklens.cli.effects import show_effects
 from sinklens.cli.options import (
     KINDS,
@@ -53,8 +54,6 @@ def ablate(
     out: OutOption = None,
 ) -> None:
     """Ablate sinks and measure what changes, beside controls."""
-    import sinklens as sl
-
     if kind not in KINDS:
         raise BadInputError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check_out(out)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.effects import show_effects
 from sinklens.cli.options import (
     Context,
@@ -44,8 +45,7 @@ def bos(
     out: OutOption = None,
 ) -> None:
     """Keep, remove, replace, double or move the BOS (or first) token; patch its activations."""
-    import sinklens as sl
-    from sinklens.core.storage import atomic_path
+    from sinklens.core.storage import atomic_path  # torch is slow to load
 
     check_out(out)
     chosen = numbers(layers, "layers")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import friendly, plain, say_written, stdout
 from sinklens.core.errors import BadInputError
 from sinklens.models.catalogue import DEFAULT_MODEL
@@ -20,8 +21,6 @@ def check(
     out: Annotated[Path | None, typer.Option(help="A CSV file for every part's error.")] = None,
 ) -> None:
     """Check a model: run every function on two short texts and compare it with its formula, written out."""
-    import sinklens as sl
-
     if out is not None and out.is_dir():
         raise BadInputError(f"--out {str(out)!r} is a folder; give a .csv file")
     loaded = sl.load_model(model)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import (
     KINDS,
     Context,
@@ -62,8 +63,6 @@ def decompose(
     out: OutOption = None,
 ) -> None:
     """Take sinks apart: why the margin is high, what they write, key or value."""
-    import sinklens as sl
-
     if kind not in KINDS:
         raise BadInputError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check_out(out)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import OutOption, check_out, friendly, plain, say_written, stdout
 
 IMAGE_MODEL = "dinov2-s"
@@ -22,8 +23,6 @@ def images(
     out: OutOption = None,
 ) -> None:
     """Look for sinks in pictures: attention on [CLS], registers and patches, and patches with high norms."""
-    import sinklens as sl
-
     check_out(out)
     loaded = sl.load_model(model)
     tokens = sl.load_images(loaded, list(paths) if paths else sl.inputs.sample_images(), size=size)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import check_out, friendly, numbers_of, plain, say_written, stdout
 from sinklens.core.errors import BadInputError
 
@@ -29,13 +30,12 @@ def run(
     analysis: Annotated[bool, typer.Option(help="Also the 2x2, head classes and mixing of each model.")] = True,
 ) -> None:
     """Train every variant of a study on every seed; a second call goes on where the first stopped."""
-    from sinklens.lab import compare, read_study, run_study
-    from sinklens.lab.page import write_comparison
+    from sinklens.lab.page import write_comparison  # torch is slow to load
 
     check_out(out)
-    study = read_study(config)
+    study = sl.lab.read_study(config)
     chosen = tuple(int(seed) for seed in numbers_of(seeds, "--seeds", "0,1")) or None
-    found = compare(run_study(study, out, seeds=chosen, analysis=analysis))
+    found = sl.lab.compare(sl.lab.run_study(study, out, seeds=chosen, analysis=analysis))
     _show(found)
     say_written(write_comparison(found, out / study.name, command=["sinklens", *sys.argv[1:]]))
 
@@ -47,14 +47,13 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the page, tables and manifest.")] = None,
 ) -> None:
     """Compare finished runs: the operations table, the BOS table, the figure of emergence."""
-    from sinklens.lab import compare as compare_runs
-    from sinklens.lab.page import write_comparison
+    from sinklens.lab.page import write_comparison  # torch is slow to load
 
     check_out(out)
     for folder in runs:
         if not Path(folder).is_dir():
             raise BadInputError(f"no folder at {folder!r}; give what 'sinklens lab run' wrote")
-    found = compare_runs(runs)
+    found = sl.lab.compare(runs)
     _show(found)
     if out is not None:
         say_written(write_comparison(found, out, command=["sinklens", *sys.argv[1:]]))
@@ -64,11 +63,9 @@ def compare(
 @friendly
 def list_studies() -> None:
     """List the studies that come with sinklens."""
-    from sinklens.lab import read_study, studies
-
     table = Table("study", "variants", "seeds", box=None, pad_edge=False)
-    for name in studies():
-        study = read_study(name)
+    for name in sl.lab.studies():
+        study = sl.lab.read_study(name)
         table.add_row(name, plain(", ".join(variant.name for variant in study.variants)), f"{len(study.seeds)}")
     stdout.print(table)
 

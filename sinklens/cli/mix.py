@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import (
     Context,
     CorpusOption,
@@ -52,8 +53,6 @@ def mix(
     out: OutOption = None,
 ) -> None:
     """Measure how far tokens mix, with and without sinks, by Jacobians."""
-    import sinklens as sl
-
     factors = numbers_of(doses, "--doses", "0.5,2")
     check_out(out)
     if first < 3:
@@ -93,7 +92,7 @@ def mix(
 
 def show(found: Any, losses: dict[str, float]) -> None:
     """The three indices of every condition at the last layer."""
-    from sinklens.mixing.indices import INDICES, at_last_layer
+    from sinklens.mixing.indices import INDICES, at_last_layer  # torch is slow to load
 
     table = Table("condition", "loss", *INDICES, box=None, pad_edge=False)
     for label, one in found.conditions.items():

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+import sinklens as sl
 from sinklens.cli.options import (
     Context,
     CorpusOption,
@@ -38,9 +39,8 @@ def report(
     ),
 ) -> None:
     """Scan, find, ablate, decompose, trace, mix; write a report that opens offline."""
-    import sinklens as sl
-    from sinklens.report.budget import text_of
-    from sinklens.report.write import check_folder
+    from sinklens.report.budget import text_of  # torch is slow to load
+    from sinklens.report.write import check_folder  # torch is slow to load
 
     check_folder(out)
     source = source_of(text, corpus, Context.natural)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import CorpusOption, OutOption, SeedOption, check_out, friendly, plain, say_written, stdout
 
 
@@ -24,17 +25,16 @@ def reproduce(
     out: OutOption = None,
 ) -> None:
     """Measure published results again: published against measured, with interval and verdict."""
-    from sinklens.core.storage import write_text
-    from sinklens.reproductions import CATALOGUE, reproduce as run
+    from sinklens.core.storage import write_text  # torch is slow to load
 
     check_out(out)
     if listed:
         table = Table("entry", "result", "source", "published on", box=None, pad_edge=False)
-        for one in CATALOGUE.values():
+        for one in sl.reproductions.CATALOGUE.values():
             table.add_row(one.name, plain(one.title), plain(one.source), ", ".join(one.originals))
         stdout.print(table)
         return
-    found = run(entry or None, model=model, source=corpus or "python-docs", n_seqs=n_seqs, seed=seed)
+    found = sl.reproduce(entry or None, model=model, source=corpus or "python-docs", n_seqs=n_seqs, seed=seed)
     show(found)
     if out is not None:
         found.info["command"] = " ".join(["sinklens", *sys.argv[1:]])
@@ -46,7 +46,7 @@ def reproduce(
 
 def show(found: Any) -> None:
     """Every claim: published, measured, verdict."""
-    from sinklens.reproductions.result import brief
+    from sinklens.reproductions.result import brief  # torch is slow to load
 
     colours = {"reproduced": "green", "differs": "bold red", "not comparable": "yellow"}
     table = Table("entry", "model", "claim", "published", "measured", "verdict", box=None, pad_edge=False)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import (
     Context,
     ContextOption,
@@ -44,9 +45,8 @@ def scan(
     out: OutOption = None,
 ) -> None:
     """Scan a model for attention sinks: the sink rate, the layers, the tokens that draw attention."""
-    import sinklens as sl
-    from sinklens.find.scan_page import summarize
-    from sinklens.models.load import has_trained_head
+    from sinklens.find.scan_page import summarize  # torch is slow to load
+    from sinklens.models.load import has_trained_head  # torch is slow to load
 
     if not 0 <= epsilon < 1:
         raise BadInputError(f"epsilon must lie in [0, 1), got {epsilon}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import (
     Context,
     ContextOption,
@@ -46,8 +47,6 @@ def sinks(
     out: OutOption = None,
 ) -> None:
     """Find the sinks: primary and secondary, when each lives, what each head does with them."""
-    import sinklens as sl
-
     check_out(out)
     source = source_of(text, corpus, context)
     loaded = sl.load_model(model)

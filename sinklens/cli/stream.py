@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import (
     Context,
     CorpusOption,
@@ -42,17 +43,14 @@ def stream(
     out: OutOption = None,
 ) -> None:
     """Read a text through StreamingLLM's rolling cache: window alone, first tokens, sinks, random tokens."""
-    import sinklens as sl
-    from sinklens.streaming import eviction_study, write_streaming
-
     sizes, first = _whole(recent, "--recent", "64,256"), _whole(sinks, "--sinks", "1,2,4")
     check_out(out)
     loaded = sl.load_model(model)
     tokens = sl.load_tokens(loaded, source_of(text, corpus, Context.natural), n_seqs=n_seqs, seq_len=seq_len, seed=seed)
-    found = eviction_study(loaded, tokens, sizes, first=first, seed=seed)
+    found = sl.streaming.eviction_study(loaded, tokens, sizes, first=first, seed=seed)
     show(found)
     if out is not None:
-        say_written(write_streaming(found, out, command=["sinklens", *sys.argv[1:]]))
+        say_written(sl.streaming.write_streaming(found, out, command=["sinklens", *sys.argv[1:]]))
 
 
 def _whole(words: str, option: str, example: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+import sinklens as sl
 from sinklens.cli.options import friendly, plain, say_written, stdout
 from sinklens.core.errors import BadInputError
 
@@ -41,17 +42,17 @@ def run(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed jobs again.")] = False,
 ) -> None:
     """Run what the store has no result of. Ctrl-C stops; the same command goes on."""
-    from sinklens.sweep import RayExecutor, load_jobs, run_sweep
-
     if executor is not ExecutorName.ray and (address is not None or gpus):
         raise BadInputError("--address and --gpus go with --executor ray")
-    jobs = load_jobs(config)
+    jobs = sl.sweep.load_jobs(config)
     sys.path.insert(0, str(Path.cwd()))  # users' functions, as `python script.py` would find them
     chosen: Any = executor.value
     if executor is ExecutorName.ray:
         options = {"address": address, "gpus_per_worker": gpus, "cpus_per_worker": float(threads)}
-        chosen = partial(RayExecutor, workers, **options)
-    found = run_sweep(jobs, store, executor=chosen, workers=workers, threads=threads, retry_failed=retry_failed)
+        chosen = partial(sl.sweep.RayExecutor, workers, **options)
+    found = sl.sweep.run_sweep(
+        jobs, store, executor=chosen, workers=workers, threads=threads, retry_failed=retry_failed
+    )
     show(found)
     if found.failed:
         raise typer.Exit(1)
@@ -61,18 +62,14 @@ def run(
 @friendly
 def status(store: StoreOption) -> None:
     """How far a sweep is, and what failed."""
-    from sinklens.sweep import sweep_status
-
-    show(sweep_status(store))
+    show(sl.sweep.sweep_status(store))
 
 
 @app.command()
 @friendly
 def collect(store: StoreOption, out: Annotated[Path, typer.Option("--out", help="A .parquet or .csv file.")]) -> None:
     """All results as one table."""
-    from sinklens.sweep import collect as collect_results
-
-    found = collect_results(store)
+    found = sl.sweep.collect(store)
     stdout.print(f"{found.table.num_rows} rows of {len(found.timings)} jobs", highlight=False)
     if found.missing:
         stdout.print(f"{found.missing} job(s) have no result yet", highlight=False)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+import sinklens as sl
 from sinklens.cli.options import (
     KINDS,
     Context,
@@ -50,8 +51,7 @@ def trace(
     out: OutOption = None,
 ) -> None:
     """Trace sinks to the layers that write and erase them."""
-    import sinklens as sl
-    from sinklens.find.sinks import from_scores
+    from sinklens.find.sinks import from_scores  # torch is slow to load
 
     if kind not in KINDS:
         raise BadInputError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")

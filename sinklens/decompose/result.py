@@ -48,6 +48,7 @@ from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
 from sinklens.decompose.margin import BEYOND, GEOMETRY, MEANS, PARAMETERS, SPLITS
+from sinklens.decompose.summary import summary
 from sinklens.decompose.two_by_two import Claims, TwoByTwo
 from sinklens.find.anatomy import head_class
 from sinklens.inputs.tokens import Tokens
@@ -235,8 +236,6 @@ class SinkDecomposition(ShownInJupyter, table="means"):
 
     def summary(self) -> str:
         """What the numbers say, in words; a verdict only where the intervals carry it."""
-        from sinklens.decompose.summary import summary
-
         return summary(self)
 
     def plot(self, what: str = "gap", *, split: str = "means", kind: str | None = None, metric: str = "loss") -> Figure:
@@ -245,7 +244,7 @@ class SinkDecomposition(ShownInJupyter, table="means"):
         ``"components"``: layer x component map of what stands in the sink's own key; ``"plane"``: mass part against
         value part, a dot per head (or layer, where heads were not measured); ``"parts"``: both, of all heads at once.
         """
-        from sinklens.decompose import figures as decompose_plots
+        from sinklens.decompose import figures as decompose_plots  # plotly is slow to load
 
         if what == "gap" and split in SPLITS:
             return decompose_plots.gap_bars(self, split, kind)

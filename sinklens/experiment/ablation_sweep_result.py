@@ -79,7 +79,7 @@ class Sweep(ShownInJupyter):
 
     def plot(self, metric: str = "loss") -> Figure:
         """Bars over layers or heads, a map over both, a curve over doses."""
-        from sinklens.experiment.figures import sweep_figure
+        from sinklens.experiment.figures import sweep_figure  # plotly is slow to load
 
         return sweep_figure(self, metric)
 

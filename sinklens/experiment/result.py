@@ -137,7 +137,7 @@ class Experiment(ShownInJupyter):
 
     def plot(self, metric: str | None = None) -> Figure:
         """Forest plot: the effect of every intervention, its controls below it."""
-        from sinklens.experiment.figures import forest
+        from sinklens.experiment.figures import forest  # plotly is slow to load
 
         return forest(self, metric)
 

@@ -109,7 +109,7 @@ class Anatomy(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Residual norm, mass, margin and value ratio of each sink over the layers."""
-        from sinklens.find.anatomy_figures import anatomy_curves
+        from sinklens.find.anatomy_figures import anatomy_curves  # plotly is slow to load
 
         return anatomy_curves(self)
 

@@ -152,7 +152,7 @@ def _place(figure: go.Figure, source: str, grid: tuple[int, int], row: int, colu
 def _png(picture: Tensor, *, pale: bool = False) -> str:
     """A picture as a data URI; ``pale`` is grey and low in contrast, so that colours on it can be read."""
     try:
-        from PIL import Image
+        from PIL import Image  # optional
     except ImportError as error:
         raise SinklensError("pictures need Pillow: pip install 'sinklens[images]'") from error
     image = Image.fromarray(picture.cpu().numpy())

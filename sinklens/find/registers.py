@@ -163,7 +163,7 @@ class Registers(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Norms over layers: the patches' spread, the largest patch, [CLS], and the rule."""
-        from sinklens.find.image_figures import register_figure
+        from sinklens.find.image_figures import register_figure  # plotly is slow to load
 
         return register_figure(self)
 

@@ -174,7 +174,7 @@ class SinkScores(ShownInJupyter, table="position_table"):
 
     def plot(self, position: int = 0, epsilon: float = 0.3) -> Figure:
         """Layer x head heat map of alpha at a position; hover shows alpha, beta and the sink rate."""
-        from sinklens.find.score_figures import head_map
+        from sinklens.find.score_figures import head_map  # plotly is slow to load
 
         return head_map(self, position, epsilon)
 
@@ -182,13 +182,13 @@ class SinkScores(ShownInJupyter, table="position_table"):
         self, image: int = 0, layers: Sequence[int] | None = None, *, heads: Sequence[int] | None = None
     ) -> Figure:
         """Attention on patches, drawn over the picture: :func:`sinklens.find.image_map`."""
-        from sinklens.find.image_figures import image_map
+        from sinklens.find.image_figures import image_map  # plotly is slow to load
 
         return image_map(self, image, layers, heads=heads)
 
     def plot_positions(self, sequence: int = 0, columns: int | None = None) -> Figure:
         """Layer x position heat map of one sequence, or of its first ``columns`` tokens: where the sinks are."""
-        from sinklens.find.score_figures import position_map
+        from sinklens.find.score_figures import position_map  # plotly is slow to load
 
         return position_map(self, sequence, columns)
 

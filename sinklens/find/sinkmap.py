@@ -269,7 +269,7 @@ class SinkMap(ShownInJupyter):
 
     def plot(self) -> Figure:
         """The sinks' timeline: a row per sink, a column per layer, mass as colour."""
-        from sinklens.find.figures import timeline
+        from sinklens.find.figures import timeline  # plotly is slow to load
 
         return timeline(self)
 
@@ -277,13 +277,13 @@ class SinkMap(ShownInJupyter):
         self, name: str = "activity", values: Sequence[float | int] = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2)
     ) -> Figure:
         """The counts of :meth:`sweep` as curves."""
-        from sinklens.find.figures import sweep_curves
+        from sinklens.find.figures import sweep_curves  # plotly is slow to load
 
         return sweep_curves(self.sweep(name, values), name, getattr(self.thresholds, name))
 
     def token_view(self, sequence: int = 0) -> TokenView:
         """The text of one sequence, coloured by mass at a layer that the reader picks (circuitsvis, offline)."""
-        from sinklens.find.token_view import token_view
+        from sinklens.find.token_view import token_view  # plotly is slow to load
 
         return token_view(self, sequence)
 

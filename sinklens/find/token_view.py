@@ -17,7 +17,7 @@ def token_view(sinks: SinkMap, sequence: int = 0) -> TokenView:
     Raises:
         BadInputError: more than 128 tokens (the page would take minutes to draw), or no such sequence.
     """
-    from circuitsvis.tokens import colored_tokens_multi
+    from circuitsvis.tokens import colored_tokens_multi  # slow to load
 
     if not 0 <= sequence < len(sinks.tokens):
         raise BadInputError(f"sequence {sequence} is out of range: there are {len(sinks.tokens)}")

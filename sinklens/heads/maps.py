@@ -37,7 +37,7 @@ def attention_view(
     Raises:
         BadInputError: no such layer or sequence, or more than 64 tokens.
     """
-    from circuitsvis.attention import attention_heads
+    from circuitsvis.attention import attention_heads  # slow to load
 
     facts = capabilities(model)
     _check_choice(facts, [layer], 0, "probabilities")

@@ -93,7 +93,7 @@ class AttentionStatistics(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Layer x head heat map of the mean mass of S; hover shows margin and competitor-free margin."""
-        from sinklens.heads.figures import statistics_map
+        from sinklens.heads.figures import statistics_map  # plotly is slow to load
 
         return statistics_map(self)
 

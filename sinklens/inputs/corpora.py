@@ -149,7 +149,7 @@ def _cut_label(title: str, part: int, length: int) -> str:
 
 def _python_docs() -> list[tuple[str, str]]:
     """The language reference that ships inside Python, one document per help topic."""
-    from pydoc_data.topics import topics
+    from pydoc_data.topics import topics  # half a megabyte of text
 
     return [(f"python-docs/{name}", topics[name]) for name in sorted(topics)]
 
@@ -177,7 +177,7 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
 
 def _read_dataset(name: str) -> list[tuple[str, str]]:
     """The first documents of a hub dataset's train split, streamed."""
-    import datasets
+    import datasets  # slow to load
 
     try:
         stream = datasets.load_dataset(name, split="train", streaming=True)

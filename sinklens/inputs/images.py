@@ -299,7 +299,7 @@ def _crop_share(about: dict[str, Any], size: tuple[int, int]) -> float | None:
 def _read(source: Any, number: int) -> tuple[Any, str]:
     """An RGB picture, turned upright, and its name."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps  # optional
     except ImportError as error:
         raise SinklensError("pictures need Pillow: pip install 'sinklens[images]'") from error
     name = f"image {number}"
@@ -343,7 +343,7 @@ def _checked_array(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _as_rgb(image: Any, name: str) -> Any:
-    from PIL import Image
+    from PIL import Image  # optional
 
     if image.mode.startswith("I"):  # 16 bits of grey
         deep = np.asarray(image).astype(np.int64)

@@ -58,7 +58,7 @@ class BigramBackcopy:
     @cached_property
     def tables(self) -> tuple[Float[Tensor, " id"], Float[Tensor, "id id"]]:
         """Unigram and bigram probabilities of the text; ids by frequency, so that triggers are 1, 2, ..."""
-        from pydoc_data.topics import topics
+        from pydoc_data.topics import topics  # half a megabyte of text
 
         text = "\n".join(topics[key] for key in sorted(topics))
         common = [c for c, _ in sorted(Counter(text).items(), key=lambda pair: (-pair[1], pair[0]))]

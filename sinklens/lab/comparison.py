@@ -93,7 +93,7 @@ class LabComparison(ShownInJupyter):
 
     def plot(self, what: str = "emergence") -> Figure:
         """The figure "emergence" (loss and sink rate against steps) or "sinks" (every seed at the end of training)."""
-        from sinklens.lab.figures import emergence, sinks_of_variants
+        from sinklens.lab.figures import emergence, sinks_of_variants  # plotly is slow to load
 
         figures = {"emergence": emergence, "sinks": sinks_of_variants}
         if what not in figures:

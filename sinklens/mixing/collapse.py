@@ -203,9 +203,9 @@ def _outputs(model: TransformerBridge, one: Tokens, edit: Sequence[Any]) -> Floa
 
 
 def _curves(found: Collapse) -> Figure:
-    from plotly.subplots import make_subplots
+    from plotly.subplots import make_subplots  # plotly is slow to load
 
-    from sinklens.show.theme import curve, escape_hover, themed
+    from sinklens.show.theme import curve, escape_hover, themed  # plotly is slow to load
 
     table = [row for row in found.to_dataframe().to_dict("records") if row["rows"] == "no_sink"]
     figure = make_subplots(rows=1, cols=3, subplot_titles=tuple(NAMES.values()), horizontal_spacing=0.07)

@@ -98,7 +98,7 @@ class PathSums(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Measured spectral norm against the bound, coloured by layer; everything must lie below the line."""
-        from sinklens.mixing.figures import bound_scatter
+        from sinklens.mixing.figures import bound_scatter  # plotly is slow to load
 
         return bound_scatter(self.table)
 

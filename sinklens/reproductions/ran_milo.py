@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinklens.attention.run import collect
 from sinklens.bridge.adapters import attention_hook, by_head, score_projection, scored_points
 from sinklens.bridge.capabilities import capabilities
 from sinklens.decompose.decompose import decompose_sinks
@@ -24,8 +25,6 @@ def bias_logits(model: Any, one: Tokens) -> Tensor:
 
     The paper writes ``b_Q W_K^T x_j``; in GPT-2 k_j holds b_K too, which adds the same to all keys.
     """
-    from sinklens.attention.run import collect
-
     facts = capabilities(model)
     point = (scored_points(facts.fires, facts.rope) or ("hook_q", "hook_k"))[1]
     layers = range(facts.n_layers)

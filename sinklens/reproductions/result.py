@@ -16,6 +16,7 @@ import pandas as pd
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import FORMAT, write_text
 from sinklens.core.validation import public_methods
+from sinklens.reproductions.catalogue import CATALOGUE
 from sinklens.reproductions.claims import DIFFERS, NOT_COMPARABLE, REPRODUCED, Entry
 from sinklens.show.notebook import ShownInJupyter
 
@@ -94,8 +95,6 @@ class Reproductions(ShownInJupyter):
         Raises:
             BadInputError: no such file, or another one.
         """
-        from sinklens.reproductions.catalogue import CATALOGUE
-
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
+import pandas as pd
 
 SHOWN_ROWS = 10
 REDRAW = 0.2  # seconds between two drawings of a bar
@@ -44,8 +43,6 @@ class ShownInJupyter:
 
     def _fields(self) -> pd.DataFrame:
         """The fields of a record, one a row."""
-        import pandas as pd
-
         shown: Any = self
         rows = [(field.name, str(getattr(self, field.name))) for field in dataclasses.fields(shown)]
         return pd.DataFrame(rows, columns=pd.Index(["field", "value"]))
@@ -53,8 +50,6 @@ class ShownInJupyter:
 
 def html_view(headline: str, table: pd.DataFrame, method: str = "", notes: Sequence[str] = ()) -> str:
     """One line, the first rows of a table without its empty columns, notes; everything escaped."""
-    import pandas as pd
-
     shown = table.dropna(axis=1, how="all")
     with pd.option_context("display.max_colwidth", 80):
         rows = shown.head(SHOWN_ROWS).to_html(
@@ -71,7 +66,7 @@ def html_view(headline: str, table: pd.DataFrame, method: str = "", notes: Seque
 @contextmanager
 def notebook_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar in the cell's output that fills with each step and leaves nothing behind, also after an error."""
-    from IPython.display import display
+    from IPython.display import display  # only where a notebook runs
 
     begun = time.monotonic()
     done, drawn = 0, begun

@@ -100,13 +100,13 @@ class EvictionStudy(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Perplexity of every condition, one colour per window, full attention as a line."""
-        from sinklens.streaming.figures import study_bars
+        from sinklens.streaming.figures import study_bars  # plotly is slow to load
 
         return study_bars(self.to_dataframe())
 
     def plot_positions(self, recent: int | None = None) -> Figure:
         """Loss against position for one window (default: the smallest)."""
-        from sinklens.streaming.figures import loss_by_position
+        from sinklens.streaming.figures import loss_by_position  # plotly is slow to load
 
         sizes = sorted({c.recent for c in self.caches if c.recent is not None})
         size = sizes[0] if recent is None else recent

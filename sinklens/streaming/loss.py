@@ -101,7 +101,7 @@ class StreamingLoss(ShownInJupyter):
 
     def plot(self) -> Figure:
         """Loss against position, in bins, with the cache's size as a line."""
-        from sinklens.streaming.figures import loss_by_position
+        from sinklens.streaming.figures import loss_by_position  # plotly is slow to load
 
         label = "full attention" if self.recent is None else "rolling cache"
         return loss_by_position({label: self.to_dataframe("position")}, self.recent)

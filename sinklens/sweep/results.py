@@ -104,7 +104,7 @@ class SweepResults(ShownInJupyter):
 
     def plot(self, value: str, task: str | None = None) -> Figure:
         """The mean of a number per intervention, with intervals; a colour per model and text."""
-        from plotly.graph_objects import Figure, Scatter
+        from plotly.graph_objects import Figure, Scatter  # plotly is slow to load
 
         rows = self.summary(task)
         if value not in rows:

@@ -239,11 +239,11 @@ def _maker(
     if executor == "processes":
         return lambda: Processes(workers, threads)
     if executor == "ray":
-        from sinklens.sweep.ray_executor import RayExecutor
+        from sinklens.sweep.ray_executor import RayExecutor  # optional
 
         return lambda: RayExecutor(workers, cpus_per_worker=float(threads))
     if executor == "submitit":
-        from sinklens.sweep.submitit_executor import SubmititExecutor
+        from sinklens.sweep.submitit_executor import SubmititExecutor  # optional
 
         return lambda: SubmititExecutor(workers, folder=os.path.join(folder, "submitit"), cpus_per_task=threads)
     raise BadInputError(f"executor must be one of {', '.join(EXECUTORS)}, an Executor or a function, got {executor!r}")

@@ -95,7 +95,7 @@ class Neurons(ShownInJupyter):
 
     def plot(self, number: int = 0) -> Figure:
         """The largest neurons of one (phase, writer), numbered as in ``writers``."""
-        from sinklens.trace.figures import neuron_bars
+        from sinklens.trace.figures import neuron_bars  # plotly is slow to load
 
         return neuron_bars(self, number)
 

@@ -17,10 +17,11 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
-from sinklens.find.sinkmap import Sink
+from sinklens.find.sinkmap import Sink, sink_from_json
 from sinklens.inputs.tokens import Tokens
 from sinklens.residual.components import Component, component_name
 from sinklens.show.notebook import ShownInJupyter
+from sinklens.trace.circuit import circuit
 from sinklens.trace.phases import Phase, Traced
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
 
     def plot(self, sink: int | None = None) -> Figure:
         """Contributions of every component over depth with their running sum: the first sink, or the one numbered."""
-        from sinklens.trace.figures import contribution_bars
+        from sinklens.trace.figures import contribution_bars  # plotly is slow to load
 
         return contribution_bars(self, sink)
 
@@ -276,13 +277,11 @@ class SinkTrace(ShownInJupyter, table="writers"):
             (writes, erases, is part of, feeds, is read by) and ``weight``: share of ``<x_ref, u>``, share of the
             writer's contribution, difference of the pre-activation to tokens that are no sink, far importance.
         """
-        from sinklens.trace.circuit import circuit
-
         return circuit(self, sink, neurons, scores)
 
     def plot_doses(self, kind: str | None = None) -> Figure:
         """Attention, life and competitor-free margin against the dose of the main writer's output (``doses=``)."""
-        from sinklens.trace.figures import dose_curves
+        from sinklens.trace.figures import dose_curves  # plotly is slow to load
 
         return dose_curves(self, kind)
 
@@ -290,7 +289,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
         self, sink: int | None = None, *, neurons: Neurons | None = None, scores: SinkScores | None = None
     ) -> Figure:
         """The graph of :meth:`circuit`, drawn."""
-        from sinklens.trace.figures import circuit_figure
+        from sinklens.trace.figures import circuit_figure  # plotly is slow to load
 
         return circuit_figure(self.circuit(sink, neurons=neurons, scores=scores))
 
@@ -312,8 +311,6 @@ class SinkTrace(ShownInJupyter, table="writers"):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SinkTrace:
         """Read what :meth:`save` wrote."""
-        from sinklens.find.sinkmap import sink_from_json
-
         tensors, meta = load_tensors(path, "SinkTrace")
         traced = []
         for i, content in enumerate(meta["traced"]):
