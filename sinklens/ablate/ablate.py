@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate.edit_hooks import edit_hooks, refuse_unless_editable
 from sinklens.ablate.hooks import Hooks
-from sinklens.ablate.partition import MODES, VALUES
+from sinklens.ablate.partition import Mode, Value
 from sinklens.ablate.reference import Reference, gather_reference
 from sinklens.ablate.selection import Heads, Layers, select
 from sinklens.ablate.sink_edit import Ablation, SinkEdit
+from sinklens.attention.backend import Backend
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
@@ -29,18 +30,18 @@ WITHOUT_LEARNED = ("zero", "value_only", "mean_value", "fixed_key")
 def ablate_sinks(
     model: TransformerBridge,
     sinks: Sinks,
-    mode: str = "renormalize",
+    mode: Mode = "renormalize",
     *,
     layers: Layers = None,
     heads: Heads = None,
-    to: str = "all",
-    neutral: str = "bias",
-    value: str = "kept",
+    to: Literal["all", "ordinary"] = "all",
+    neutral: Literal["bias", "zero"] = "bias",
+    value: Value = "kept",
     g: float | None = None,
     target: int | None = None,
     reference: str | Sequence[str] | Tensor | Tokens | None = None,
     allow_identity: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     progress: bool | None = None,
 ) -> Hooks:
     """Hooks that change what heads do with sinks, and nothing else.
@@ -125,17 +126,9 @@ def ablate_sinks(
     return hooks
 
 
-def _check(options: Ablation, places: Places, model: TransformerBridge, backend: str) -> None:
+def _check(options: Ablation, places: Places, model: TransformerBridge, backend: Backend) -> None:
     facts = capabilities(model)
     mode = options.mode
-    for name, given, known in (
-        ("mode", mode, MODES),
-        ("to", options.to, ("all", "ordinary")),
-        ("neutral", options.neutral, ("bias", "zero")),
-        ("value", options.value, VALUES),
-    ):
-        if given not in known:
-            raise BadInputError(f"{name} must be one of {', '.join(known)}, got {given!r}")
     if (options.g is not None) != (mode == "scale") or (options.g is not None and not 0 <= options.g < math.inf):
         raise BadInputError(f"mode 'scale' needs g >= 0 and only it takes g; got mode {mode!r}, g={options.g}")
     if (options.target is not None) != (mode == "move") or (options.target or 0) < 0:

@@ -15,16 +15,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate.attention_edit import Attached, PatternEdit, Seen
 from sinklens.ablate.blockwise import dense_attention, edited_attention
-from sinklens.attention.backend import Armed, hook_points, once, running
+from sinklens.attention.backend import Armed, Backend, hook_points, once, running
 from sinklens.attention.flash_proof import unsupported
 from sinklens.attention.kernels import View
 from sinklens.bridge.adapters import attention_hook, either_backend, grouped_by_head, scored_points, value_bias
 from sinklens.bridge.capabilities import capabilities
 from sinklens.bridge.requirements import refuse_unless_softmax
-from sinklens.core.errors import BadInputError, SinklensError, UnsupportedModelError
+from sinklens.core.errors import SinklensError, UnsupportedModelError
 from sinklens.forward.follow import Forward
-
-BACKENDS = ("auto", "hooks", "flash")
 
 
 def delegates(model: TransformerBridge) -> bool:
@@ -33,11 +31,9 @@ def delegates(model: TransformerBridge) -> bool:
     return not facts.pattern_edit or not facts.scores_are_logits
 
 
-def refuse_unless_editable(model: TransformerBridge, backend: str = "auto", *, values: bool) -> None:
+def refuse_unless_editable(model: TransformerBridge, backend: Backend = "auto", *, values: bool) -> None:
     """Raise UnsupportedModelError where an edit of the pattern, or of z, would change nothing."""
     facts = capabilities(model)
-    if backend not in BACKENDS:
-        raise BadInputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     refuse_unless_softmax(model, "an edit of attention")
     reason = unsupported(model) if backend == "flash" or delegates(model) else ""
     if reason and backend == "flash":
@@ -66,7 +62,7 @@ def edit_hooks(
     values: bool = False,
     keys: bool = False,
     bias: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> list[tuple[str, Any]]:
     """The hooks that run an edit in the given layers.
 
@@ -90,7 +86,7 @@ def edit_hooks(
     return hooks
 
 
-def _arming(model: TransformerBridge, layer: int, attached: Attached, backend: str) -> Callable[..., None]:
+def _arming(model: TransformerBridge, layer: int, attached: Attached, backend: Backend) -> Callable[..., None]:
     """The hook at a layer's attention input that hands the edit to the registered function, where that runs."""
     point = hook_points(model)[attached.name]
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from sinklens.core.errors import BadInputError
 
-MODES = (
+Mode = Literal[
     "renormalize",
     "zero",
     "value_only",
@@ -39,8 +40,9 @@ MODES = (
     "null",
     "move",
     "uniform",
-)
-VALUES = ("kept", "neutral", "mean")
+]
+Value = Literal["kept", "neutral", "mean"]
+MODES = get_args(Mode)
 
 
 @dataclass(frozen=True)

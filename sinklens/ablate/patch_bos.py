@@ -7,7 +7,7 @@ refused: it would change nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ from sinklens.forward.follow import Forward
 from sinklens.inputs.load import as_tokens, load_tokens
 from sinklens.inputs.tokens import Tokens
 
-SITES = ("resid_pre", "resid_post", "k", "v", "mlp_out", "attn_out")
+Site = Literal["resid_pre", "resid_post", "k", "v", "mlp_out", "attn_out"]
 Source = str | int | Sequence[str] | Tensor | Tokens | Mapping[str, Tensor] | ActivationCache
 
 
@@ -53,7 +53,7 @@ def patch_bos(
     source: Source,
     *,
     layers: Layers = None,
-    site: str = "resid_pre",
+    site: Site = "resid_pre",
     reference: str | Sequence[str] | Tensor | Tokens | None = None,
     allow_identity: bool = False,
 ) -> Hooks:
@@ -79,8 +79,6 @@ def patch_bos(
     first sequence as the probe.
     """
     facts = capabilities(model)
-    if site not in SITES:
-        raise BadInputError(f"site must be one of {', '.join(SITES)}, got {site!r}")
     batch = as_tokens(model, tokens).to("cpu")
     chosen = select(facts, None, layers)
     sites = _Sites(model, site, chosen.layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ from sinklens.forward.states import typical_mean
 from sinklens.inputs.tokens import Tokens
 from sinklens.show.progress import progress_bar
 
-RESIDUAL_MODES = ("massive_zero", "massive_mean", "project", "rescale")
+ResidualMode = Literal["massive_zero", "massive_mean", "project", "rescale"]
 MASSIVE = 100.0  # times the median entry of the same hidden state
 NORM_RATIO = 3.0
 
@@ -51,7 +51,7 @@ class State:
 def ablate_residual(
     model: TransformerBridge,
     sinks: Sinks,
-    mode: str,
+    mode: ResidualMode,
     *,
     layers: Layers = None,
     g: float | None = None,
@@ -86,8 +86,6 @@ def ablate_residual(
     """
     facts = capabilities(model)
     places = find_places(sinks)
-    if mode not in RESIDUAL_MODES:
-        raise BadInputError(f"mode must be one of {', '.join(RESIDUAL_MODES)}, got {mode!r}")
     if g is not None and (mode != "rescale" or not 0 <= g < math.inf):
         raise BadInputError(f"g >= 0 belongs to mode 'rescale'; got mode {mode!r}, g={g}")
     if places.learned or places.recent or not places.columns_wanted:
@@ -154,7 +152,7 @@ class _Edit:
 
     def __init__(
         self,
-        mode: str,
+        mode: ResidualMode,
         g: float | None,
         places: Places,
         found: dict[int, list[State]],

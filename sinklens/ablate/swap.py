@@ -10,7 +10,7 @@ they are in the text (the cache with positions counted inside it is another expe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,13 +28,13 @@ from sinklens.core.validation import public
 from sinklens.find.locations import Places, Sinks, find_places
 from sinklens.forward.follow import Forward
 
-KINDS = ("off-by-one", "learned-logit", "clipped")
+Kind = Literal["off-by-one", "learned-logit", "clipped"]
 
 
 @public
 def swap_attention(
     model: TransformerBridge,
-    kind: str,
+    kind: Kind,
     *,
     layers: Layers = None,
     heads: Heads = None,
@@ -59,8 +59,6 @@ def swap_attention(
     Cost: one pattern-sized temporary per layer.
     """
     facts = capabilities(model)
-    if kind not in KINDS:
-        raise BadInputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if (logit is None) == (kind == "learned-logit"):
         raise BadInputError(f"logit= belongs to kind 'learned-logit' and must be given there; got {kind!r}, {logit}")
     if gamma > 0 or zeta < 1:

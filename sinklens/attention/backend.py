@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +37,7 @@ from sinklens.core.errors import SinklensError, UnsupportedModelError
 from sinklens.core.validation import turn
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, View], tuple[Tensor, str]]
+Backend = Literal["auto", "hooks", "flash"]
 SILENT = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k", "hook_result")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinklens.attention.backend import Backend
 from sinklens.attention.flash import flash
 from sinklens.attention.flash_proof import unsupported
 from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
@@ -26,14 +27,14 @@ from sinklens.find.residual_detectors import direction_criterion, wong_detect
 from sinklens.find.scores import sink_scores
 from sinklens.find.sinks import compare_methods, find_sinks, from_scores
 from sinklens.forward.metrics import token_loss
-from sinklens.heads.maps import attention_grid, attention_map
+from sinklens.heads.maps import Shown, attention_grid, attention_map
 from sinklens.heads.statistics import attention_statistics
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 from sinklens.inputs.vocabulary import named_tokens, vocabulary
 
 
-def backends(subject: Subject) -> tuple[str, ...]:
+def backends(subject: Subject) -> tuple[Backend, ...]:
     """Those that the model's proof allows."""
     return ("hooks",) if unsupported(subject.model) else ("hooks", "flash")
 
@@ -123,7 +124,7 @@ def check_scores(subject: Subject, parts: Parts) -> None:
     """alpha, beta, the uniform share and the learned mass, with padding on either side."""
     naive = naive_scores(subject.facts, [layer.weights for layer in subject.base.layers])
 
-    def one(backend: str, tokens: Tokens, positions: Any = None) -> Callable[[], float]:
+    def one(backend: Backend, tokens: Tokens, positions: Any = None) -> Callable[[], float]:
         def measure() -> float:
             found = sink_scores(subject.model, tokens, backend=backend, positions=positions, progress=False)
             absent = torch.zeros_like(naive[3]) if subject.facts.shares else naive[3]
@@ -156,7 +157,7 @@ def check_find(subject: Subject, parts: Parts) -> None:
     scores = replace(subject.scores, alpha=alpha.float(), beta=beta.float(), uniform=uniform.float())
     options = between(scores.beta)
 
-    def differences(backend: str) -> float:
+    def differences(backend: Backend) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SinklensWarning)
             found = find_sinks(subject.model, subject.tokens, backend=backend, progress=False, **options)
@@ -217,7 +218,7 @@ def check_statistics(subject: Subject, parts: Parts) -> None:
     inside = torch.zeros(LENGTH, dtype=torch.bool)
     inside[list(SINKS)] = True
 
-    def one(backend: str) -> float:
+    def one(backend: Backend) -> float:
         found = attention_statistics(
             subject.model, subject.tokens, list(SINKS), entropy=True, backend=backend, progress=False
         )
@@ -301,7 +302,7 @@ def check_map(subject: Subject, parts: Parts) -> None:
     one = subject.tokens[0]
     seen = visible(LENGTH, subject.facts.causal, subject.facts.windows[layer])
 
-    def drawn(kind: str) -> float:
+    def drawn(kind: Shown) -> float:
         figure = attention_map(subject.model, one, layer=layer, head=head, kind=kind)
         values = _numbers(figure.data[0])
         if kind == "probabilities":

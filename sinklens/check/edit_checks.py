@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sinklens.ablate.ablate import ablate_sinks
+from sinklens.ablate.partition import Mode
 from sinklens.ablate.patch_bos import patch_bos
 from sinklens.ablate.residual import ablate_residual
 from sinklens.ablate.swap import restrict_attention, swap_attention
@@ -23,7 +24,7 @@ from sinklens.experiment.bos_variants import bos_variants
 from sinklens.experiment.experiment import run_experiment
 from sinklens.experiment.matched_damage import damage, matched_damage
 
-MODES: dict[str, dict[str, Any]] = {
+MODES: dict[Mode, dict[str, Any]] = {
     "renormalize": {},
     "zero": {},
     "value_only": {},
@@ -42,7 +43,7 @@ def check_ablate(subject: Subject, parts: Parts) -> None:
     """Every mode, at positions in every layer; and a SinkMap in the layers of its lives, on some heads."""
     means: list[Means] = []
 
-    def one(mode: str, options: dict[str, Any]) -> float:
+    def one(mode: Mode, options: dict[str, Any]) -> float:
         extra: dict[str, Any] = {"reference": subject.reference} if mode in REFERRED else {}
         hooks = ablate_sinks(subject.model, list(SINKS), mode, **options, **extra)
         if mode in REFERRED and not means:

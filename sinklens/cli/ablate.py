@@ -67,13 +67,15 @@ def ablate(
         found = sl.find_sinks(loaded, tokens)
     sinks = found if kind == "all" else found.where(kind=kind)
     interventions: dict[str, Any] = {}
+    to_whom: Any = to
+    name: Any  # what a user types is checked by the functions themselves
     for name in mode or ["renormalize", "zero"]:
         hooks = sl.ablate_sinks(
-            loaded, sinks if places is None else places, name, layers=chosen_layers, heads=chosen_heads, to=to,
+            loaded, sinks if places is None else places, name, layers=chosen_layers, heads=chosen_heads, to=to_whom,
             g=g if name == "scale" else None,
         )  # fmt: skip
         interventions[hooks.name] = hooks
-    controls = [] if control == ["none"] else control or ["random", "recent"]
+    controls: Any = [] if control == ["none"] else control or ["random", "recent"]
     experiment = sl.run_experiment(
         loaded, tokens, interventions, controls=controls, sinks=found, twin=twin, seed=seed, resume=resume
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -68,7 +68,8 @@ def bos(
             table.to_csv(partial, index=False)
         say_written({"bos_variants.csv": out / "bos_variants.csv"})
     if source is not None:
-        hooks = sl.patch_bos(loaded, tokens, source, layers=chosen, site=site)
+        where_in: Any = site
+        hooks = sl.patch_bos(loaded, tokens, source, layers=chosen, site=where_in)
         experiment = sl.run_experiment(loaded, tokens, {hooks.name: hooks}, controls=["random"], seed=seed)
         show_effects(experiment)
         if out is not None:

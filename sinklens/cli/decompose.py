@@ -67,7 +67,7 @@ def decompose(
         raise BadInputError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check_out(out)
     chosen, places = numbers(layers, "layers"), numbers(positions, "positions")
-    scopes = [] if effects == "none" else [part.strip() for part in effects.split(",")]
+    scopes: Any = [] if effects == "none" else [part.strip() for part in effects.split(",")]
     source = source_of(text, corpus, Context.natural)
     loaded = sl.load_model(model)
     tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)

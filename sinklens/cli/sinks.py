@@ -53,7 +53,8 @@ def sinks(
     tokens = sl.load_tokens(loaded, source, n_seqs=n_seqs, seq_len=seq_len, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sl.SinklensWarning)  # the notes say it
-        found = sl.find_sinks(loaded, tokens, method=method, activity=activity)
+        chosen: Any = method
+        found = sl.find_sinks(loaded, tokens, method=chosen, activity=activity)
     anatomy = sl.sink_anatomy(loaded, found)
     show_sinks(found, anatomy)
     if out is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 from weakref import WeakKeyDictionary
 
 from sinklens.core.errors import BadInputError
@@ -164,6 +164,8 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, one) for one in args)
     if hint is None or hint is type(None):
         return value is None
+    if origin is Literal:
+        return isinstance(value, (str, bool)) and any(isinstance(value, type(one)) and value == one for one in args)
     if hint is bool:
         return isinstance(value, bool)
     if hint in (int, float):
@@ -206,6 +208,8 @@ def _words(hint: Any) -> str:
     args = get_args(hint)
     if isinstance(hint, Named):
         return " or ".join(hint.names)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, args))}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_words(one) for one in args)
     if hint in (int, float, str, bool, None, type(None)):

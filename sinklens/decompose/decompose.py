@@ -18,7 +18,7 @@ from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.bridge.requirements import refuse_half_precision, refuse_unless_softmax
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
-from sinklens.decompose.key_or_value import EXACT_HEADS, SCOPES, by_head, by_layer, check_metrics, whole
+from sinklens.decompose.key_or_value import EXACT_HEADS, Scope, by_head, by_layer, check_metrics, whole
 from sinklens.decompose.layer_pass import Reading
 from sinklens.decompose.margin import PARAMETERS
 from sinklens.decompose.mean_queries_keys import gather_means
@@ -41,7 +41,7 @@ def decompose_sinks(
     *,
     layers: Layers = None,
     reference: str | Sequence[str] | Tensor | Tokens | None = None,
-    effects: Sequence[str] | str = ("all",),
+    effects: Sequence[Scope] | Scope = ("all",),
     metrics: Sequence[str] | str | None = None,
     exact_heads: int | None = EXACT_HEADS,
     most_scored: int | None = None,
@@ -86,8 +86,6 @@ def decompose_sinks(
     if (exact_heads is not None and exact_heads < 1) or (most_scored is not None and most_scored < 1):
         raise BadInputError("exact_heads and most_scored must be at least 1, or None for all")
     scopes = [effects] if isinstance(effects, str) else list(effects or ())
-    if set(scopes) - set(SCOPES):
-        raise BadInputError(f"effects must be of {', '.join(SCOPES)}, got {scopes}")
     chosen_metrics = check_metrics(model, metrics)
     batch = as_tokens(model, tokens).to("cpu")
     found: Sinks = find_sinks(model, batch, progress=progress) if sinks is None else sinks

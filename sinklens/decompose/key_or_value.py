@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,13 +13,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate.ablate import ablate_sinks
+from sinklens.ablate.partition import Mode
 from sinklens.attention.backend import hooked
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import block_output
 from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.decompose.two_by_two import CELLS, Key, TwoByTwo
-from sinklens.experiment.ablation_sweep import first_order, grows, scored_positions, sweep_ablation
+from sinklens.experiment.ablation_sweep import Over, first_order, grows, scored_positions, sweep_ablation
 from sinklens.experiment.controls import slots
 from sinklens.experiment.experiment import run_experiment
 from sinklens.find.locations import Places
@@ -31,11 +32,12 @@ from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
 from sinklens.show.progress import progress_bar
 
-SCOPES = ("all", "layer", "head")
+Scope = Literal["all", "layer", "head"]
+SCOPES = get_args(Scope)
 EMBEDDING = "embedding"
 HEAD_LENGTH = 128
 EXACT_HEADS = 20
-TESTS: dict[str, tuple[str, dict[str, Any]]] = {
+TESTS: dict[str, tuple[Mode, dict[str, Any]]] = {
     **{cell: (cell, {}) for cell in CELLS},
     "fixed_key, neutral value": ("fixed_key", {"value": "neutral"}),
     "fixed_logit": ("fixed_logit", {}),
@@ -87,7 +89,7 @@ def whole(
                 raise
             notes.append(f"{label} could not run: {error}")
     found: dict[str, dict[str, Tensor]] = {}
-    likelihood = [m for m in metrics if m != EMBEDDING]
+    likelihood: list[Any] = [m for m in metrics if m != EMBEDDING]
     if likelihood:
         experiment = run_experiment(
             model, tokens, hooks, controls=(), metrics=likelihood, sinks=known, most_scored=most_scored, seed=seed,
@@ -204,7 +206,7 @@ def _by_sweeps(
     progress: bool | None,
 ) -> TwoByTwo:
     """Every key exactly, one sweep per cell."""
-    over = {"layer": "layer", "head": "layer-head"}[scope]
+    over: Over = "layer" if scope == "layer" else "layer-head"
     sweeps = [
         sweep_ablation(model, tokens, places, cell, over=over, most_scored=most_scored, seed=seed, progress=progress)
         for cell in CELLS

@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.ablate.partition import Mode
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.validation import public_methods
 from sinklens.show.notebook import ShownInJupyter
 
-CELLS = ("renormalize", "zero", "value_only")
+CELLS: tuple[Mode, ...] = ("renormalize", "zero", "value_only")
 PARTS = ("mass_part", "value_part", "interaction", "total")
 MARGIN = 0.1  # of renormalize's effect: within it an edit "keeps" the metric
 Key = int | str | tuple[int, int]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sinklens.ablate.ablate import ablate_sinks
 from sinklens.ablate.edit_hooks import delegates
 from sinklens.ablate.hooks import Hooks
+from sinklens.ablate.partition import Mode
 from sinklens.attention.backend import hooked
 from sinklens.bridge.adapters import attention_hook, block_input, grouped_by_head
 from sinklens.bridge.capabilities import capabilities
@@ -39,7 +40,7 @@ from sinklens.inputs.tokens import Tokens
 from sinklens.models.load import has_trained_head
 from sinklens.show.progress import progress_bar
 
-OVER = ("layer", "head", "layer-head", "dose")
+Over = Literal["layer", "head", "layer-head", "dose"]
 DOSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 NUMBERS_AT_ONCE = 2**28  # of the largest activation of one growing batch: 1 GB in float32
 LOGITS_AT_ONCE = 2**27  # 0.5 GB
@@ -50,9 +51,9 @@ def sweep_ablation(
     model: TransformerBridge,
     tokens: str | Sequence[str] | Tensor | Tokens,
     sinks: Sinks,
-    mode: str = "renormalize",
+    mode: Mode = "renormalize",
     *,
-    over: str = "layer",
+    over: Over = "layer",
     doses: Sequence[float] = DOSES,
     estimate: bool = False,
     most_scored: int | None = None,
@@ -85,8 +86,6 @@ def sweep_ablation(
         UnsupportedModelError: no next-token loss, or attention that cannot be edited.
     """
     facts = capabilities(model)
-    if over not in OVER:
-        raise BadInputError(f"over must be one of {', '.join(OVER)}, got {over!r}")
     if estimate and over != "layer-head":
         raise BadInputError("the first-order estimate is per (layer, head): over='layer-head'")
     if not facts.causal or not has_trained_head(model):
@@ -133,8 +132,8 @@ def _runner(
     model: TransformerBridge,
     everything: Hooks,
     places: Any,
-    mode: str,
-    over: str,
+    mode: Mode,
+    over: Over,
     doses: Sequence[float],
     options: dict[str, Any],
 ) -> tuple[list[Any], Any]:

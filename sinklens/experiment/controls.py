@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,8 @@ from sinklens.find.locations import Place, Places, apply_predicate
 from sinklens.find.sinkmap import SinkMap
 from sinklens.inputs.tokens import Tokens
 
-CONTROLS = ("random", "recent", "same_id", "matched")
+Control = Literal["random", "recent", "same_id", "matched"]
+CONTROLS = get_args(Control)
 
 
 @dataclass(frozen=True)

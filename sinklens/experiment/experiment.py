@@ -6,18 +6,19 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sinklens.ablate.hooks import Hooks
-from sinklens.attention.backend import Flash
+from sinklens.attention.backend import Backend, Flash
 from sinklens.bridge.capabilities import capabilities, same_model
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.experiment.checkpoint import Store
+from sinklens.experiment.controls import Control
 from sinklens.experiment.plan import Plan, Planned, check_controls
 from sinklens.experiment.result import UNTRAINED, Experiment
 from sinklens.experiment.runs import groups, measure
@@ -40,8 +41,8 @@ def run_experiment(
     tokens: str | Sequence[str] | Tensor | Tokens,
     interventions: Mapping[str, Intervention],
     *,
-    controls: Sequence[str] | Mapping[str, Mapping[str, Sequence[Any]]] = ("random", "recent"),
-    metrics: Sequence[str | Metric] = ("loss", "kl", "top1"),
+    controls: Sequence[Control] | Mapping[str, Mapping[str, Sequence[Any]]] = ("random", "recent"),
+    metrics: Sequence[Literal["loss", "kl", "top1"] | Metric] = ("loss", "kl", "top1"),
     sinks: SinkMap | None = None,
     twin: bool = False,
     split: bool = False,
@@ -49,7 +50,7 @@ def run_experiment(
     mask_id: int | None = None,
     seed: int = 0,
     resume: str | Path | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     progress: bool | None = None,
 ) -> Experiment:
     """Run base, interventions and controls on the same sequences, and keep every token's metrics.
@@ -163,9 +164,9 @@ def _metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
     return found
 
 
-def _backend(model: TransformerBridge, plan: Plan, backend: str) -> str:
+def _backend(model: TransformerBridge, plan: Plan, backend: Backend) -> str:
     """The backend that runs all of a plan: flash, unless some hooks would not fire there."""
-    bound = {getattr(run.hooks, "backend", "auto") for run in plan.runs} - {"auto"}
+    bound: set[Any] = {getattr(run.hooks, "backend", "auto") for run in plan.runs} - {"auto"}
     if bound - {backend} and backend != "auto" or len(bound) > 1:
         raise BadInputError(f"these hooks were built with backend={' and '.join(sorted(bound))}, not {backend!r}")
     way = choose_backend(model, bound.pop() if bound else backend)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,7 @@ from sinklens.residual.components import writing_hook
 from sinklens.show.notebook import ShownInJupyter
 from sinklens.show.progress import progress_bar
 
-KINDS = ("noise", "mlp")
+Kind = Literal["noise", "mlp"]
 STEPS = 14
 LARGEST = {"noise": 16.0, "mlp": 1.0}
 
@@ -58,7 +58,7 @@ def matched_damage(
     tokens: str | Sequence[str] | Tensor | Tokens,
     hooks: Sequence[Any],
     *,
-    kind: str = "noise",
+    kind: Kind = "noise",
     spared: Sequence[int] = (0,),
     layers: Sequence[int] | None = None,
     tolerance: float = 0.02,
@@ -91,8 +91,6 @@ def matched_damage(
         BadInputError: the edit costs no more than the tolerance, or this kind cannot cost so much.
         UnsupportedModelError: a model without a trained language-model head, an encoder without a known mask token.
     """
-    if kind not in KINDS:
-        raise BadInputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     n_layers = capabilities(model).n_layers
     chosen = list(layers if layers is not None else range(1, 2) if kind == "noise" else range(n_layers))
     if any(not 0 <= n < n_layers for n in chosen) or not chosen:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention.backend import busy
+from sinklens.attention.backend import Backend, busy
 from sinklens.attention.flash import flash
 from sinklens.attention.flash_proof import unsupported
 from sinklens.attention.importance import FAR, ColumnSums, by_position, visibility
@@ -18,24 +18,19 @@ from sinklens.attention.run import run_blocks
 from sinklens.attention.unbridged import run_stack
 from sinklens.bridge.capabilities import capabilities, record
 from sinklens.bridge.unbridged import PlainModel, refusal
-from sinklens.core.errors import BadInputError, UnsupportedModelError
+from sinklens.core.errors import UnsupportedModelError
 from sinklens.forward.states import model_inputs
 from sinklens.inputs.tokens import Tokens
 
-BACKENDS = ("auto", "hooks", "flash")
 
-
-def choose_backend(model: TransformerBridge | PlainModel, backend: str) -> str:
+def choose_backend(model: TransformerBridge | PlainModel, backend: Backend) -> str:
     """The backend that runs: "hooks" or "flash".
 
     Raises:
-        BadInputError: an unknown name.
         UnsupportedModelError: flash was asked for and the model's proof does not allow it.
 
     Around hooks on what attention computes (an edit that is being measured), "auto" takes the hooks backend.
     """
-    if backend not in BACKENDS:
-        raise BadInputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if isinstance(model, PlainModel):
         if backend == "hooks":
             raise UnsupportedModelError(f"backend='hooks' reads hooks. {refusal(model)}; backend='auto' works")

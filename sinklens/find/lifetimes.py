@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +20,8 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public_methods
 from sinklens.show.notebook import ShownInJupyter
 
+Kind = Literal["primary", "secondary", "undetermined"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 FEWEST_LAYERS_FOR_KINDS = 6
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from sinklens.attention.backend import busy
+from sinklens.attention.backend import Backend, busy
 from sinklens.attention.importance import by_position, column_means, never_far, visibility
 from sinklens.attention.run import run_blocks
 from sinklens.bridge.adapters import attention_hook
@@ -244,7 +244,7 @@ def sink_scores(
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
     positions: int | Sequence[int] | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     progress: bool | None = None,
 ) -> SinkScores:
     """Importance alpha and far importance beta of every position in every head (docs/definitions.md, section 1).

@@ -17,7 +17,7 @@ from torch import Tensor
 from sinklens.core.errors import BadInputError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
-from sinklens.find.lifetimes import Life, Thresholds, activity, kind_of, lives, main_life, strongest
+from sinklens.find.lifetimes import Kind, Life, Thresholds, activity, kind_of, lives, main_life, strongest
 from sinklens.inputs.tokens import Tokens
 from sinklens.show.notebook import ShownInJupyter
 
@@ -143,7 +143,7 @@ class SinkMap(ShownInJupyter):
     def where(
         self,
         *,
-        kind: str | None = None,
+        kind: Kind | None = None,
         layer: int | None = None,
         token: str | None = None,
         sequence: int | None = None,

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Literal, get_args
 
 import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.attention.backend import Backend
 from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
 from sinklens.bridge.capabilities import Capabilities, record, same_model
 from sinklens.bridge.unbridged import PlainModel
@@ -23,7 +25,8 @@ from sinklens.find.sinkmap import Sink, SinkMap, assemble
 from sinklens.inputs.load import as_tokens
 from sinklens.inputs.tokens import Tokens
 
-METHODS = ("attention", "direction", "wong")
+Method = Literal["attention", "direction", "wong"]
+METHODS = get_args(Method)
 SUSPICIOUS_SHARE = 0.05
 
 
@@ -32,9 +35,9 @@ def find_sinks(
     model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
-    method: str = "attention",
+    method: Method = "attention",
     scores: SinkScores | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     activity: float = 0.05,
     uniform_factor: float = 3.0,
     gap: int = 2,
@@ -76,8 +79,6 @@ def find_sinks(
         SinklensWarning: a sequence is too short for far importance anywhere (a token needs 32 queries at least 16
             tokens away), so that its sinks cannot be told; or ``"wong"`` flags more than 5 % of all tokens.
     """
-    if method not in METHODS:
-        raise BadInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     thresholds = Thresholds(
         activity, uniform_factor, gap, min_life, primary_mass, late, onset_tolerance, end_tolerance, head_use,
         norm_ratio, cosine,
@@ -124,7 +125,7 @@ def compare_methods(
     model: TransformerBridge | PlainModel,
     tokens: str | Sequence[str] | Tensor | Tokens,
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[Method] = METHODS,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """How far the methods agree on one model: counts per method, and for each pair the sinks found by both.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 import torch
@@ -25,7 +25,7 @@ from sinklens.show.circuitsvis import LONGEST_VIEW, TokenView, offline_view, saf
 from sinklens.show.theme import SCALE, escape_hover, themed
 
 LONGEST_GRID = 64
-KINDS = ("probabilities", "logits")
+Shown = Literal["probabilities", "logits"]
 
 
 @public
@@ -60,7 +60,7 @@ def attention_map(
     *,
     layer: int,
     head: int,
-    kind: str = "probabilities",
+    kind: Shown = "probabilities",
     sequence: int = 0,
 ) -> go.Figure:
     """The query-key heat map of one head; the title states the model, layer, head, and probabilities or logits.
@@ -92,7 +92,7 @@ def attention_grid(
     *,
     head: int = 0,
     layers: Sequence[int] | None = None,
-    kind: str = "probabilities",
+    kind: Shown = "probabilities",
     sequence: int = 0,
 ) -> go.Figure:
     """The attention maps of one head in all layers side by side (StreamingLLM, appendix H), with token labels.
@@ -146,8 +146,6 @@ def attention_values(
 
 
 def _check_choice(facts: Capabilities, layers: Sequence[int], head: int, kind: str) -> None:
-    if kind not in KINDS:
-        raise BadInputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     wrong = [layer for layer in layers if not 0 <= layer < facts.n_layers]
     if wrong or not layers:
         raise BadInputError(f"layers {wrong or 'none'}: {facts.model} has layers 0 to {facts.n_layers - 1}")

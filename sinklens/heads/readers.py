@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sinklens.core.errors import BadInputError
 from sinklens.core.validation import public
+from sinklens.find.lifetimes import Kind
 from sinklens.find.scores import SinkScores
 from sinklens.find.sinkmap import SinkMap
 
@@ -21,8 +23,8 @@ def reading_heads(
     scores: SinkScores,
     sinks: SinkMap,
     *,
-    kind: str = "secondary",
-    null: str = "any",
+    kind: Kind = "secondary",
+    null: Literal["any", "same_id"] = "any",
     permutations: int = 999,
     level: float = 0.05,
     seed: int = 0,
@@ -59,8 +61,6 @@ def reading_heads(
     chosen = [s for s in sinks if s.kind == kind]
     if not chosen:
         raise BadInputError(f"there is no {kind} sink")
-    if null not in ("any", "same_id"):
-        raise BadInputError(f"null is any or same_id, got {null!r}")
     draw = torch.Generator().manual_seed(seed)
     taken = set(sinks.places or ())
     defined = ~scores.beta[:, :, 0].isnan()

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sinklens.attention.backend import Backend
 from sinklens.attention.flash import flash
 from sinklens.attention.importance import FAR
 from sinklens.attention.kernels import Block, View, blocked, dense_scores, fused, fused_takes, grouped, without
@@ -123,7 +124,7 @@ def attention_statistics(
     sinks: Sinks,
     *,
     entropy: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     progress: bool | None = None,
 ) -> AttentionStatistics:
     """Mass, margins, value norms and (on request) entropy of every query in every head.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class Images(Tokens):
             )
         return values[..., self.prefix :].unflatten(-1, self.grid)
 
-    def pad(self, side: str, columns: int, pad_id: int = 0) -> Images:  # noqa: ARG002
+    def pad(self, side: Literal["left", "right"], columns: int, pad_id: int = 0) -> Images:  # noqa: ARG002
         """Pictures are not padded.
 
         Raises:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -123,10 +123,10 @@ class Tokens(ShownInJupyter, table="_listing"):
         columns = slice(int(used[0]), int(used[-1]) + 1)
         return replace(self, ids=self.ids[:, columns], mask=self.mask[:, columns], special=self.special[:, columns])
 
-    def pad(self, side: str, columns: int, pad_id: int = 0) -> Tokens:
+    def pad(self, side: Literal["left", "right"], columns: int, pad_id: int = 0) -> Tokens:
         """The same batch with ``columns`` more padding on the left or right."""
-        if side not in ("left", "right") or columns < 0:
-            raise BadInputError(f"pad needs side 'left' or 'right' and columns >= 0, got {side!r}, {columns}")
+        if columns < 0:
+            raise BadInputError(f"pad needs columns >= 0, got {columns}")
         amount = (columns, 0) if side == "left" else (0, columns)
         grow = torch.nn.functional.pad
         return replace(

@@ -17,12 +17,12 @@ from sinklens.bridge.capabilities import capabilities
 from sinklens.core.errors import BadInputError, SinklensWarning, UnsupportedModelError
 from sinklens.core.validation import public
 from sinklens.experiment.matched_damage import matched_damage
+from sinklens.find.lifetimes import KINDS
 from sinklens.find.sinkmap import SinkMap
 from sinklens.find.sinks import find_sinks
 from sinklens.forward.metrics import token_loss
 from sinklens.inputs.tokens import Tokens
 
-KINDS = ("primary", "secondary", "undetermined")
 BASE = "base"
 Conditions = Mapping[str, Sequence[Any]]
 Places = tuple[tuple[int, ...], ...]

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ from sinklens.models.load import untrained_twin
 from sinklens.show.progress import progress_bar
 
 MOST = 128
-ROUTES = ("auto", "forward", "reverse")
+Route = Literal["auto", "forward", "reverse"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class _Way:
     """How J is measured."""
 
     probes: int
-    exact: bool | str
+    exact: bool | Literal["sinks"]
     layer: int
     frozen_attention: bool
     frozen_norms: bool
-    route: str
+    route: Route
     most: int
     chunk: int | None
     seed: int
@@ -58,10 +58,6 @@ class _Way:
     def __post_init__(self) -> None:
         if self.probes < 2 and self.exact is not True:
             raise BadInputError(f"probes must be at least 2, got {self.probes}")
-        if self.route not in ROUTES:
-            raise BadInputError(f"route must be one of {', '.join(ROUTES)}, got {self.route!r}")
-        if self.exact not in (True, False, "sinks"):
-            raise BadInputError(f"exact is True, False or 'sinks', got {self.exact!r}")
         if self.exact and self.route == "reverse":
             raise BadInputError("exact columns take forward mode; leave out exact= or route='reverse'")
         if self.most < 2:
@@ -87,11 +83,11 @@ def measure_mixing(
     hooks: Sequence[Any] = (),
     probes: int = PROBES,
     seed: int = 0,
-    exact: bool | str = False,
+    exact: bool | Literal["sinks"] = False,
     layer: int = 0,
     frozen_attention: bool = False,
     frozen_norms: bool = False,
-    route: str = "auto",
+    route: Route = "auto",
     most: int = MOST,
     chunk: int | None = None,
     progress: bool | None = None,
@@ -142,11 +138,11 @@ def compare_mixing(
     sinks: Sinks = None,
     probes: int = PROBES,
     seed: int = 0,
-    exact: bool | str = False,
+    exact: bool | Literal["sinks"] = False,
     layer: int = 0,
     frozen_attention: bool = False,
     frozen_norms: bool = False,
-    route: str = "auto",
+    route: Route = "auto",
     most: int = MOST,
     chunk: int | None = None,
     twin: bool = False,

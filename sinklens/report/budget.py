@@ -9,6 +9,7 @@ from sinklens.attention.importance import FAR, MIN_FAR_QUERIES
 from sinklens.bridge.capabilities import record
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import MIN_DOCUMENTS
+from sinklens.experiment.controls import Control
 from sinklens.inputs.load import load_tokens
 from sinklens.inputs.tokens import Tokens
 
@@ -30,7 +31,7 @@ class Sizes:
 
     n_seqs: int
     seq_len: int
-    controls: tuple[str, ...]
+    controls: tuple[Control, ...]
     causal: bool
     most_proven: int
     reference: tuple[int, int]

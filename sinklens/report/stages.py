@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import sinklens as sl
+from sinklens.ablate.partition import Mode
 from sinklens.bridge.capabilities import record
+from sinklens.find.lifetimes import KINDS
 from sinklens.inputs.tokens import Tokens
 from sinklens.report.budget import Sizes
 
-MODES = ("zero", "renormalize")
+MODES: tuple[Mode, ...] = ("zero", "renormalize")
 REPLACEMENTS = ("same_id",)  # what the verdict on a writer needs
-KINDS = ("primary", "secondary", "undetermined")
 
 
 @dataclass(eq=False)

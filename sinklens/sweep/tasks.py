@@ -16,13 +16,14 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 
+from sinklens.attention.backend import Backend
 from sinklens.core.errors import BadInputError, SinklensWarning
-from sinklens.experiment.controls import CONTROLS
+from sinklens.experiment.controls import CONTROLS, Control
 from sinklens.experiment.experiment import run_experiment
 from sinklens.experiment.result import Experiment
 from sinklens.find.scores import sink_scores as scores_of
@@ -116,11 +117,11 @@ def token_loss(m: Measurement, *, per: str = "sequence", most_scored: int | None
 def experiment(
     m: Measurement,
     *,
-    controls: Sequence[str] = ("random",),
-    metrics: Sequence[str] = ("loss", "kl", "top1"),
+    controls: Sequence[Control] = ("random",),
+    metrics: Sequence[Literal["loss", "kl", "top1"]] = ("loss", "kl", "top1"),
     most_scored: int | None = None,
     per: str = "sequence",
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> pd.DataFrame:
     """:func:`sinklens.run_experiment`: a row per sequence (or scored token), for the intervention and each control.
 

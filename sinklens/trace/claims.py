@@ -17,6 +17,7 @@ import pandas as pd
 from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import rank_correlation
 from sinklens.core.validation import public
+from sinklens.find.lifetimes import Kind
 from sinklens.find.sinkmap import Sink, SinkMap
 from sinklens.residual.components import component_name
 from sinklens.trace.doses import dose_table, of_kind, sink_label
@@ -33,7 +34,7 @@ COVER = 0.9
 
 
 @public
-def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
+def writer_alignment(trace: SinkTrace, *, kind: Kind = "secondary") -> Verdict:
     """Claim 1: ``cos(out, u)`` at the sink of the MLP with the largest share, against the same id where it is no sink.
 
     Holds if the mean cosine's interval lies above 0.5 and that of its difference to the same id's above 0.
@@ -74,7 +75,7 @@ def writer_alignment(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
 
 
 @public
-def norm_and_mass(trace: SinkTrace, *, kind: str = "secondary") -> Verdict:
+def norm_and_mass(trace: SinkTrace, *, kind: Kind = "secondary") -> Verdict:
     """Claim 2: the norm of what the MLP with the largest share adds, against the sink's mass and lifetime.
 
     Spearman's correlations within that layer over sinks (whoever is no sink is not seen, which narrows the
@@ -175,7 +176,7 @@ def primary_weakening(trace: SinkTrace) -> Verdict:
 
 
 @public
-def sink_levels(sinks: SinkMap | SinkTrace, *, kind: str = "secondary") -> Verdict:
+def sink_levels(sinks: SinkMap | SinkTrace, *, kind: Kind = "secondary") -> Verdict:
     """Claim 4: clusters of (onset, lifetime), and how deterministic they are.
 
     Clusters join levels that differ by at most 1 in both numbers; a level is a cluster with at least 5 % of the sinks.

@@ -23,6 +23,7 @@ from sinklens.bridge.adapters import mlp_of, original
 from sinklens.bridge.capabilities import capabilities, has_hook
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.validation import public
+from sinklens.find.lifetimes import Kind
 from sinklens.residual.components import component_name, writing_hook
 from sinklens.residual.contributions import flat
 from sinklens.show.progress import progress_bar
@@ -53,7 +54,7 @@ def writer_subspace(
     model: TransformerBridge,
     trace: SinkTrace,
     *,
-    kind: str = "secondary",
+    kind: Kind = "secondary",
     layer: int | None = None,
     sizes: tuple[int, ...] = SIZES,
     n_random: int = 5,

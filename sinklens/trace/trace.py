@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,8 @@ from sinklens.trace.phases import Phase, Traced
 from sinklens.trace.replacement import Causes
 from sinklens.trace.result import SinkTrace
 
-REPLACEMENTS = ("same_id", "zero", "mean", "project")
+Replacement = Literal["same_id", "zero", "mean", "project"]
+REPLACEMENTS = get_args(Replacement)
 
 
 @public
@@ -46,7 +47,7 @@ def trace_sinks(
     *,
     reference: str | Sequence[str] | Tensor | Tokens | None = None,
     causal: bool = True,
-    replacements: Sequence[str] = REPLACEMENTS,
+    replacements: Sequence[Replacement] = REPLACEMENTS,
     doses: Sequence[float] = (),
     most_proven: int | None = None,
     loss: bool = False,
@@ -83,9 +84,6 @@ def trace_sinks(
     refuse_half_precision(model, "what components write is summed up again")
     if most_proven is not None and most_proven < 0:
         raise BadInputError(f"most_proven must be at least 0, got {most_proven}; causal=False proves nothing")
-    wrong = set(replacements) - set(REPLACEMENTS)
-    if wrong:
-        raise BadInputError(f"replacements must be of {', '.join(REPLACEMENTS)}, got {sorted(wrong)}")
     batch = as_tokens(model, tokens).to("cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SinklensWarning)
