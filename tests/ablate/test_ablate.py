@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from architectures import build, build_pair, random_rows
+from architectures import build_pair, random_rows
+from batches import batch_of, left, planted_map
+from editing import SIMPLE, SINKS, WITH_REFERENCE, bias_of, greedy, learned_of, pair_for, patterns
 from naive_edits import SEEN, naive_logits, naive_row, plain_row
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.attention import learned_sink_logits, value_bias
-from sinklens.tokens import as_tokens
 
-SIMPLE: list[tuple[str, dict[str, Any]]] = [
-    ("renormalize", {}),
-    ("zero", {}),
-    ("zero", {"neutral": "zero"}),
-    ("value_only", {}),
-    ("value_only", {"neutral": "zero"}),
-    ("scale", {"g": 0.3}),
-    ("scale", {"g": 4.0}),
-    ("scale", {"g": 0.0}),
-    ("null", {}),
-    ("move", {"target": 3}),
-    ("uniform", {}),
-]
-WITH_REFERENCE: list[tuple[str, dict[str, Any]]] = [
-    ("mean_value", {}),
-    ("fixed_key", {}),
-    ("fixed_key", {"value": "neutral"}),
-    ("fixed_key", {"value": "mean"}),
-    ("fixed_logit", {}),
-    ("fixed_logit", {"value": "neutral"}),
-    ("fixed_logit", {"value": "mean"}),
-]
 EDITABLE = ("gpt2", "llama", "qwen2", "neox", "gemma3", "gpt-oss", "mistral", "gemma2", "opt", "bert")
-SINKS = {0, 2}
-
-
-def pair_for(name: str) -> tuple[Any, Any, float]:
-    """HF model, bridge, tolerance: float64 where the family keeps it."""
-    if name == "gpt2":
-        hf = build(name).double()
-        return hf, sl.load_model(copy.deepcopy(hf)), 1e-9
-    hf, model = build_pair(name)
-    return hf, model, 5e-5
-
-
-def bias_of(model: Any, layer: int, head: int) -> Tensor | None:
-    found = value_bias(model, layer, sl.capabilities(model).n_heads)
-    return None if found is None else found[head].detach()
-
-
-def learned_of(model: Any, layer: int, head: int) -> float | None:
-    found = learned_sink_logits(model, layer)
-    return None if found is None else float(found[head])
 
 
 @pytest.mark.parametrize(("mode", "options"), SIMPLE, ids=[f"{m}-{o}" for m, o in SIMPLE])
@@ -163,46 +119,6 @@ def test_modes_with_means_equal_the_naive_edit(name: str, mode: str, options: di
     edited = model.run_with_hooks(ids, fwd_hooks=hooks)
     assert (edited - naive_logits(hf, ids, row)).abs().max() < max(tolerance, 1e-6 if name == "gpt2" else 0)
     assert (edited - model(ids)).abs().max() > 0.1
-
-
-def planted_map(model: Any, rows: list[Tensor], places: dict[tuple[int, int], tuple[str, range]]) -> sl.SinkMap:
-    """A SinkMap with hand-made sinks: {(sequence, position): (kind, layers)}."""
-    tokens = batch_of(model, rows)
-    n_layers = sl.capabilities(model).n_layers
-    sinks = tuple(
-        sl.Sink(b, p, "x", int(tokens.row(b)[p]), kind, "", layers[0], layers[-1], len(layers), 0.5, 0,
-                ((layers[0], layers[-1], 0.5),), (0.5,) * n_layers, (), True)
-        for (b, p), (kind, layers) in places.items()
-    )  # fmt: skip
-    shape = (len(rows), n_layers, int(tokens.lengths.max()))
-    return sl.SinkMap(
-        sinks, (None,) * len(rows), (), torch.zeros(shape), torch.zeros(shape), tokens, sl.Thresholds(), "attention"
-    )
-
-
-def batch_of(model: Any, rows: list[Tensor], side: str = "right") -> sl.Tokens:
-    """Rows of different lengths as one padded batch."""
-    parts = [as_tokens(model, row[None]) for row in rows]
-    joined = sl.Tokens.concatenate(parts)
-    return joined if side == "right" else left(joined)
-
-
-def left(tokens: sl.Tokens) -> sl.Tokens:
-    """The same batch, padded on the left."""
-    width = int(tokens.lengths.max())
-    ids, mask = torch.zeros_like(tokens.ids), torch.zeros_like(tokens.mask)
-    for b in range(len(tokens)):
-        row = tokens.row(b)
-        ids[b, width - len(row) :], mask[b, width - len(row) :] = row, True
-    return dataclasses.replace(tokens, ids=ids, mask=mask, special=~mask)
-
-
-def patterns(model: Any, ids: Tensor, hooks: Any, mask: Tensor | None = None) -> list[Tensor]:
-    found: list[Tensor] = []
-    names = [f"blocks.{n}.attn.hook_pattern" for n in range(sl.capabilities(model).n_layers)]
-    reading = [(name, lambda t, hook: found.append(t.detach().clone())) for name in names]
-    model.run_with_hooks(ids, attention_mask=mask, fwd_hooks=[*hooks, *reading], return_type=None)
-    return found
 
 
 @pytest.mark.parametrize("name", EDITABLE)
@@ -492,13 +408,6 @@ def test_generation_with_a_cache_equals_generation_without(name: str, mode: str,
             found.append(greedy(model, prompt, cached))
     assert torch.equal(*found)
     assert found[0].shape[1] == 76
-
-
-def greedy(model: Any, prompt: Tensor, cached: bool) -> Tensor:
-    return model.generate(
-        prompt, max_new_tokens=64, do_sample=False, stop_at_eos=False, use_past_kv_cache=cached, verbose=False,
-        return_type="tokens",
-    )  # fmt: skip
 
 
 def test_maps_and_predicates_follow_a_generation() -> None:

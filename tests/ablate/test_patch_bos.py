@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import build_pair, random_rows
-from test_ablate import batch_of, greedy, left
+from batches import batch_of, left
+from editing import greedy
 from torch import Tensor
 
 import sinklens as sl

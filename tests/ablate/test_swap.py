@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import build_pair, random_rows
+from editing import greedy, learned_of, patterns
 from naive_edits import naive_logits
-from test_ablate import greedy, learned_of, patterns
 from torch import Tensor
 
 import sinklens as sl

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import build, build_pair, random_rows
-from test_ablate import SIMPLE, SINKS, WITH_REFERENCE, batch_of, left
+from batches import batch_of, left
+from editing import SIMPLE, SINKS, WITH_REFERENCE
+from state import attention_settings
 from torch import Tensor
 
 import sinklens as sl
@@ -32,32 +34,20 @@ def one_of(name: str) -> Any:
     return build_pair(name)[1]
 
 
-def settings(model: Any) -> list[Any]:
-    """Everything that the context touches."""
-    found: list[Any] = [model.original_model.config._attn_implementation]
-    for block in model.blocks:
-        attention: Any = block.attn
-        found += [sorted(attention.__dict__), attention.__dict__.get("forward")]
-        configs: list[Any] = [getattr(m, "config", None) for m in attention.original_component.modules()]
-        found += [getattr(config, "_attn_implementation", None) for config in configs]
-        found.append("forward" in attention.original_component.__dict__)
-    return found
-
-
 @pytest.mark.parametrize("name", REACHED)
 def test_plain_forwards_agree_whatever_the_padding(name: str) -> None:
     _, model = build_pair(name)
     assert unsupported(model) == ""
     right = batch_of(model, random_rows((70, 57, 9)))
     for tokens in (right, left(right), left(right).pad("right", 3)):
-        before = settings(model)
+        before = attention_settings(model)
         plain = model(tokens.ids, attention_mask=tokens.mask)
         with sl.flash(model) as run, torch.no_grad():
             found = model(tokens.ids, attention_mask=tokens.mask)
-            assert settings(model)[0] == NAME
+            assert attention_settings(model)[0] == NAME
         assert list(run.paths) == [f"blocks.{n}.attn" for n in range(model.cfg.n_layers)]
         assert (found - plain)[tokens.mask].abs().max() < 2e-5
-        assert settings(model) == before
+        assert attention_settings(model) == before
         assert torch.equal(model(tokens.ids, attention_mask=tokens.mask), plain)
 
 
@@ -134,7 +124,7 @@ def test_other_edits_agree_too(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt-oss", "mistral"])
 def test_sinks_of_their_own_sequences_and_mass_to_ordinary_tokens_only(name: str) -> None:
-    from test_ablate import planted_map
+    from batches import planted_map
 
     _, model = build_pair(name)
     rows = random_rows((70, 40))
@@ -169,7 +159,7 @@ def test_sinks_of_their_own_sequences_and_mass_to_ordinary_tokens_only(name: str
 def test_an_exception_inside_leaves_nothing_behind(name: str) -> None:
     _, model = build_pair(name)
     ids = torch.stack(random_rows((20,)))
-    before, plain = settings(model), model(ids)
+    before, plain = attention_settings(model), model(ids)
 
     def fail(tensor: Tensor, hook: Any) -> None:
         raise RuntimeError("a user's mistake")
@@ -182,7 +172,7 @@ def test_an_exception_inside_leaves_nothing_behind(name: str) -> None:
             with pytest.raises(RuntimeError, match="mistake"), torch.no_grad(), context:
                 model.run_with_hooks(ids, fwd_hooks=[*hooks, (place, fail)])
             assert torch.equal(model(ids), plain)
-            assert settings(model) == before
+            assert attention_settings(model) == before
             assert running(model) is None
             with sl.flash(model), torch.no_grad():
                 again = model(ids)
@@ -194,7 +184,7 @@ def test_an_exception_inside_leaves_nothing_behind(name: str) -> None:
 def test_contexts_nest_and_the_host_can_be_asked_in_between() -> None:
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((80,)))
-    before, plain = settings(model), model(ids)
+    before, plain = attention_settings(model), model(ids)
     with torch.no_grad(), sl.flash(model) as outer:
         fast = model(ids)
         with sl.flash(model) as inner:
@@ -206,7 +196,7 @@ def test_contexts_nest_and_the_host_can_be_asked_in_between() -> None:
         assert torch.equal(model(ids), fast)
         torch.testing.assert_close(sl.sink_scores(model, ids).alpha, patterns.alpha, atol=1e-6, rtol=0)
         assert running(model) is outer
-    assert settings(model) == before
+    assert attention_settings(model) == before
     assert torch.equal(model(ids), plain)
 
 
@@ -225,7 +215,7 @@ def test_two_models_do_not_meet() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt"])
 def test_generation_with_a_cache_equals_generation_without(name: str) -> None:
-    from test_ablate import greedy
+    from editing import greedy
 
     _, model = build_pair(name)
     prompt = torch.stack(random_rows((9,)))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import build, build_pair, random_rows
-from offloading import BLOCKS, disk_map, offloaded_pair
-from test_ablate import planted_map
-from test_tokens import word_tokenizer
+from batches import planted_map
+from offloading import BLOCKS, disk_map, offloaded_pair, on_disk, run
 from torch import Tensor
+from wording import word_tokenizer
 
 import sinklens as sl
 from sinklens.attention import learned_sink_logits, output_weights, score_projection, value_bias
@@ -25,21 +25,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return offloaded_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def on_disk(model: Any) -> list[str]:
-    """The weights that are placeholders while the model is at rest."""
-    return [name for name, weight in model.original_model.named_parameters() if weight.is_meta]
-
-
 def batch() -> Tensor:
     return torch.stack(random_rows((60, 60)))
-
-
-def run(model: Any, ids: Tensor, hooks: Any = (), flash: bool = False) -> Tensor:
-    with torch.no_grad():
-        if not flash:
-            return model.run_with_hooks(ids, fwd_hooks=list(hooks))
-        with sl.flash(model):
-            return model.run_with_hooks(ids, fwd_hooks=list(hooks))
 
 
 def test_blocks_are_on_disk_and_outputs_are_the_same_bits(pair: tuple[Any, Any]) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from browsing import Visit
-from public_calls import WICKED, World
-from test_hostile_pages import WRITERS
+from public_calls import WICKED, WRITERS, World
 
 import sinklens as sl
 

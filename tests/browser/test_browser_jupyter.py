@@ -17,8 +17,9 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
+from places import ROOT
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "01_find_sinks.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "01_find_sinks.ipynb"
 pytestmark = [pytest.mark.browser, pytest.mark.real]
 
 

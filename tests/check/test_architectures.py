@@ -12,16 +12,13 @@ import jaxtyping
 import plain_models
 import pytest
 import torch
+from architecture_table import NAMES, TABLE
 from architectures import build_pair
 
 import sinklens as sl
 from sinklens import self_test
 from sinklens.self_test import CHECKS
 
-NAMES = (
-    "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "neox", "phi3", "falcon", "opt", "bloom",
-    "mixtral", "gpt-oss", "deepseek-v3", "bert", "roberta", "vit", "gpt-neo", "modernbert", "distilbert", "dinov2",
-)  # fmt: skip
 _FORWARD_MODE = {"jacobian_norms", "path_sums"}  # mixtures of experts and Bloom have no forward-mode derivative
 _ENCODER = {"sweep_ablation", "trace_sinks", "plant_sinks", "writer_subspace", "path_sums"}
 _OF_IMAGES = {"load_images", "register_tokens"}
@@ -91,9 +88,6 @@ def test_every_function_is_exact_or_refused_as_expected(
         assert written[name] == cells, "docs/architectures.md is out of date: make architectures"
 
 
-TABLE: Any = pytest.StashKey[dict[str, sl.SelfTest]]()
-
-
 def test_no_public_function_that_runs_a_model_is_left_out() -> None:
     taking = set()
     for name in sl.__all__:
@@ -156,7 +150,7 @@ def test_an_error_that_is_no_refusal_is_called_failed(monkeypatch: pytest.Monkey
 
 
 def test_a_tokenizer_that_knows_no_word_does_not_make_the_texts_too_dull_to_check() -> None:
-    from test_tokens import model_with
+    from wording import model_with
 
     functions = ["ablate_sinks", "perturbation_spread", "writer_subspace"]
     found = sl.check_model(model_with(adds_bos=True), functions=functions, progress=False)

@@ -8,18 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from command import run
 
 import sinklens as sl
-from sinklens.cli import app
-
-runner = CliRunner()
-
-
-def run(*arguments: str, **options) -> tuple[int, str]:
-    done = runner.invoke(app, list(arguments), env={"COLUMNS": "200"}, **options)
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.output
 
 
 @pytest.mark.real
@@ -257,7 +248,7 @@ def test_check_prints_every_outcome_and_says_when_something_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from architectures import build
-    from test_tokens import word_tokenizer
+    from wording import word_tokenizer
 
     import sinklens.selftest.edit_checks as edits
 

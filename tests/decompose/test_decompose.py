@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import build, build_pair, random_rows
+from editing import learned_of, pair_for
 from naive_edits import SEEN, naive_logits, naive_row
-from test_ablate import learned_of, pair_for
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 

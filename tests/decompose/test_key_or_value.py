@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers as tf
 from architectures import build_pair, random_rows
+from editing import bias_of
 from naive_edits import naive_logits, naive_row
-from test_ablate import bias_of
 from torch import Tensor
 
 import sinklens as sl

@@ -10,8 +10,9 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from places import ROOT
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = ROOT / "notebooks"
 sys.path.insert(0, str(FOLDER))
 execute: Any = import_module("execute")
 FIGURE, faults_of = execute.FIGURE, execute.faults_of

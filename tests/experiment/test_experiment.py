@@ -161,7 +161,8 @@ def test_intervals_come_with_sixteen_documents(sunk: Any) -> None:
 
 
 def test_recent_takes_the_latest_ordinary_tokens_of_every_query() -> None:
-    from test_ablate import patterns, planted_map
+    from batches import planted_map
+    from editing import patterns
 
     from sinklens.controls import control_places, slots
 

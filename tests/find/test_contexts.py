@@ -26,7 +26,7 @@ def test_shuffling_keeps_the_tokens_and_says_where_each_went() -> None:
 
 
 def test_special_tokens_stay_in_place() -> None:
-    from test_tokens import model_with
+    from wording import model_with
 
     tokens = sl.load_tokens(model_with(adds_bos=True), ["the cat sat on a mat . the cat"])
     mixed, moved = shuffle(tokens)
@@ -46,7 +46,7 @@ def test_a_planted_token_sink_follows_its_token_and_not_its_position() -> None:
 
 
 def test_the_table_has_a_row_per_context_and_length() -> None:
-    from test_tokens import model_with
+    from wording import model_with
 
     table = sl.compare_contexts(
         model_with(adds_bos=False), lengths=(40, 64), n_seqs=16, contexts=("shuffled", "random")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import SCORED, build_pair, random_rows
+from batches import left_padded
 from naive import eager_patterns, naive_scores
 
 import sinklens as sl
@@ -48,19 +49,6 @@ def test_scores_equal_a_loop_over_queries_and_keys_whatever_the_padding(name: st
                     torch.testing.assert_close(
                         scores.learned_sink[sequence, layer], expected[3].float(), atol=1e-6, rtol=0, msg=where
                     )
-
-
-def left_padded(batch: sl.Tokens) -> sl.Tokens:
-    """The same sequences, each ending in the last column."""
-    width = batch.ids.shape[1]
-    ids, mask = torch.zeros_like(batch.ids), torch.zeros_like(batch.mask)
-    special = torch.ones_like(batch.special)
-    for i in range(len(batch)):
-        n = int(batch.lengths[i])
-        ids[i, width - n :], mask[i, width - n :] = batch.row(i), True
-        special[i, width - n :] = batch.special[i][batch.mask[i]]
-    parts = {**batch.tensors(), "ids": ids, "mask": mask, "special": special}
-    return sl.Tokens.from_parts(parts, batch.meta())
 
 
 def test_only_a_model_with_learned_sinks_reports_their_mass_and_rows_then_sum_to_one() -> None:
@@ -268,7 +256,7 @@ def test_saving_over_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_hover_of_the_position_map_escapes_the_token_and_breaks_the_line() -> None:
-    from test_tokens import model_with
+    from wording import model_with
 
     scores = sl.sink_scores(model_with(adds_bos=False), "the <eos> cat")
     figure: Any = scores.plot_positions()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import build_pair, random_rows
+from batches import left_padded
 from planted import X, Y, expected_beta, logit_for, planted_model, row
-from test_scores import left_padded
 
 import sinklens as sl
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers as tf
 from architectures import VOCABULARY, build, build_pair, random_rows
+from batches import left, planted_map
+from editing import bias_of
 from naive import naive_scores
 from naive_edits import naive_logits, naive_row, plain_row
-from test_ablate import bias_of, left, planted_map
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from wording import LETTERS, letters
 
 import sinklens as sl
 from sinklens.predictions import predictions
@@ -24,17 +25,6 @@ from sinklens.tokens import as_tokens
 
 MASK = 7
 ENCODERS = ("bert", "roberta")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-
-
-def letters() -> tf.PreTrainedTokenizerFast:
-    """A tokenizer of single letters, with BERT's special tokens around each text."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    around = [("[CLS]", 2), ("[SEP]", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
-    named = {name + "_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +176,7 @@ def test_tokens_are_named_by_name_text_or_id(worded: tuple[Any, Any]) -> None:
 
 def test_found_sinks_say_whether_they_are_special_tokens(worded: tuple[Any, Any], tmp_path: Path) -> None:
     _, model = worded
-    tokens = sl.load_tokens(model, [" ".join(WORDS[5 + (7 * i) % 26] for i in range(60))])
+    tokens = sl.load_tokens(model, [" ".join(LETTERS[5 + (7 * i) % 26] for i in range(60))])
     found = sl.find_sinks(model, tokens, activity=0.001, uniform_factor=0.001, min_life=0.01)
     special = {s.position for s in found if s.special}
     assert special == {0, 61} & {s.position for s in found}
@@ -259,7 +249,7 @@ def trained() -> tuple[Any, Any]:
     """A BERT that learned the alphabet: each letter follows the one before it, from a random start."""
     torch.manual_seed(0)
     config = tf.BertConfig(
-        vocab_size=len(WORDS), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(LETTERS), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
     )  # fmt: skip
     hf = tf.BertForMaskedLM(config)
@@ -278,7 +268,7 @@ def trained() -> tuple[Any, Any]:
 
 
 def text_from(start: int, n: int = 14) -> str:
-    return " ".join(WORDS[5 + (start + i) % 26] for i in range(n))
+    return " ".join(LETTERS[5 + (start + i) % 26] for i in range(n))
 
 
 def test_a_trained_encoder_predicts_what_is_masked_and_not_from_itself(trained: tuple[Any, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from architectures import build_pair, random_rows
 from naive import eager_patterns
 from planted import X, planted_model, row
-from test_tokens import model_with
+from wording import model_with
 
 import sinklens as sl
 

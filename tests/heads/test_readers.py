@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_secondary_verdicts import sink, trace_of, traced
+from made_traces import sink, trace_of, traced
 
 import sinklens as sl
 from sinklens.circuit import layout

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import build, build_pair, random_rows
+from batches import batch_of, planted_map
+from editing import learned_of
 from naive_edits import SEEN, naive_logits, plain_row
-from test_ablate import batch_of, learned_of, planted_map
 from torch import Tensor
 
 import sinklens as sl

@@ -9,30 +9,13 @@ from typing import Any
 import pytest
 import torch
 from architectures import build, build_pair
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedTokenizerFast
+from wording import model_with, word_tokenizer
 
 import sinklens as sl
 from sinklens.corpora import pieces_in_order, sample_pieces
 from sinklens.models import native_tokenizer
 from sinklens.tokens import as_tokens
-
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "the", "cat", "sat", "on", "mat", "."]
-
-
-def word_tokenizer(adds_bos: bool) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
-
-
-def model_with(adds_bos: bool) -> TransformerBridge:
-    return sl.load_model(build("llama"), tokenizer=word_tokenizer(adds_bos))
 
 
 @pytest.fixture(scope="module")

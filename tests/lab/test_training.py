@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from lab_configs import SHORT
 from typer.testing import CliRunner
 
 import sinklens as sl
 from sinklens.cli import app
 from sinklens.lab import (
-    Backcopy,
     LabConfig,
     LabModel,
     LabRun,
@@ -34,13 +34,6 @@ from sinklens.lab import (
 )
 from sinklens.lab.schedule import TrainConfig as Schedule
 from sinklens.lab.training import CHECKPOINT, Steps, Training, evaluation_batch
-
-SHORT = LabConfig(
-    "short",
-    ModelConfig(attention="kv_bias", d_model=16, n_heads=2),
-    Backcopy(seq_len=24),
-    TrainConfig(steps=9, batch_size=4, warmup=3, evaluate_every=3, evaluation_size=8, checkpoint_every=2),
-)
 
 
 class Stopped(Exception):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import SCORED, build_pair, random_rows
-from test_ablate import planted_map
+from batches import planted_map
 from torch import Tensor
 
 import sinklens as sl

@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import build
 from safetensors.torch import load_file, save_file
-from test_tokens import word_tokenizer
+from wording import word_tokenizer
 
 import sinklens as sl
 from sinklens import embedded

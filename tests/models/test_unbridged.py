@@ -13,8 +13,8 @@ import torch
 from architectures import build as build_bridged
 from naive import eager_patterns, naive_scores
 from plain_models import IMAGES, REFUSED, TEXT, WINDOW, build, build_pair, picture, stack_of
-from test_tokens import word_tokenizer
 from typer.testing import CliRunner
+from wording import word_tokenizer
 
 import sinklens as sl
 from sinklens.cli import app

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from naive import naive_scores
+from places import ROOT
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -119,7 +120,7 @@ def test_a_gguf_file_loads_as_it_is_and_is_converted_once(tmp_path: Path, monkey
 
 
 def test_scoring_1024_tokens_takes_no_more_memory_than_the_plain_forward() -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     from scores import compare  # pyright: ignore[reportMissingImports]
 
     found = compare("smollm2-135m", 1024, 1, ("forward", "scores"))
@@ -127,7 +128,7 @@ def test_scoring_1024_tokens_takes_no_more_memory_than_the_plain_forward() -> No
 
 
 def test_the_readme_example_runs(tmp_path: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_cli import run
+from command import run
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 

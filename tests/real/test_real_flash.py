@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT_A
-from test_ablate import left
+from batches import left
 from torch import Tensor
+from wording import TEXT_A
 
 import sinklens as sl
 

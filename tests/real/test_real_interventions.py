@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT_A
-from test_ablate import greedy, left
+from batches import left
+from editing import greedy
+from wording import TEXT_A
 
 import sinklens as sl
 

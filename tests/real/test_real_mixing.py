@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from test_cli import run
+from command import run
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl

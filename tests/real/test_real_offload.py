@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT_A
-from test_offload import on_disk, run
+from offloading import on_disk, run
+from wording import TEXT_A
 
 import sinklens as sl
 

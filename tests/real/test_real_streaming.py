@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from conftest import TEXT_A
-from test_cli import run
+from command import run
+from wording import TEXT_A
 
 import sinklens as sl
 from sinklens.embedded import fetch

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_cli import run
+from command import run
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl

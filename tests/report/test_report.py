@@ -15,8 +15,8 @@ from architectures import build
 from plain_models import IMAGES, TEXT
 from reporting import NASTY, SMALL, counted_forwards, files_of, nasty, planted, texts
 from sweeping import SENTENCES, save_models
-from test_tokens import word_tokenizer
 from typer.testing import CliRunner
+from wording import word_tokenizer
 
 import sinklens as sl
 from sinklens.cli import app

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 import torch
 from architectures import build, build_pair
-from test_masked import letters
 from typer.testing import CliRunner
+from wording import letters
 
 import sinklens as sl
 from sinklens.cli import app

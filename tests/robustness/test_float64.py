@@ -7,11 +7,8 @@ from typing import Any
 import public_numbers
 import pytest
 import torch
-from public_numbers import errors
+from public_numbers import FAMILIES, TOLERANCE, errors
 from torch import Tensor
-
-FAMILIES = ("gpt2", "bert", "neox", "planted gpt2")
-TOLERANCE = 2e-5  # of the largest magnitude of the same number
 
 
 @pytest.mark.parametrize("family", FAMILIES)

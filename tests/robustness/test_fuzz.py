@@ -3,64 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import fuzzing
-import jaxtyping
 import pytest
 from counting import count
-from hypothesis import HealthCheck, given, settings
+from fuzzing import CASES, SECONDS, as_users_run_it, deadline, fuzz  # noqa: F401  (a fixture)
+from hypothesis import given
 from hypothesis import strategies as st
 from public_calls import PUBLIC, World, call
 
 import sinklens as sl
-
-CASES = int(os.environ.get("SINKLENS_FUZZ", "500"))
-SECONDS = 60  # of the processor; the slowest correct call takes two
-
-
-class Hang(BaseException):
-    """Not an Exception, so that no code under test takes it for a fault."""
-
-
-@contextmanager
-def deadline(seconds: int) -> Iterator[None]:
-    """Raise in the middle of whatever computes longer, or waits ten times as long."""
-
-    def ring(number: int, frame: Any) -> None:
-        raise Hang(f"more than {seconds} s")
-
-    clocks = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 10 * seconds)}
-    before = {number: signal.signal(number, ring) for number in clocks}
-    for clock, most in clocks.values():
-        signal.setitimer(clock, most)
-    try:
-        yield
-    finally:
-        for clock, _ in clocks.values():
-            signal.setitimer(clock, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def fuzz(cases: int) -> Any:
-    """So many cases, the same ones in every run of CI; torture draws new ones."""
-    return settings(
-        max_examples=cases, deadline=None, database=None, derandomize=CASES <= 500,
-        suppress_health_check=[*HealthCheck.__members__.values()], print_blob=False,
-    )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_it() -> Iterator[None]:
-    """Without the type checks of the other tests, which users do not have: the package must refuse by itself."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from counting import count
+from fuzzing import CASES, SECONDS, deadline, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from killing import whole_gguf
 from public_calls import World
-from test_fuzz import CASES, SECONDS, deadline, fuzz
 
 import sinklens as sl
 

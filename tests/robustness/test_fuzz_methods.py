@@ -8,11 +8,11 @@ import fuzzing
 import jaxtyping
 import pytest
 from counting import count
+from fuzzing import CASES, SECONDS, as_users_run_it, deadline, fuzz  # noqa: F401  (a fixture)
 from hypothesis import given
 from hypothesis import strategies as st
 from public_calls import World
 from public_methods import GIVEN, METHODS, OBJECTS, call_method, given_to
-from test_fuzz import CASES, SECONDS, as_users_run_it, deadline, fuzz  # noqa: F401  (a fixture)
 
 import sinklens as sl
 

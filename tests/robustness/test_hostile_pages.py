@@ -6,11 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from public_calls import PUBLIC, WICKED, World
+from public_calls import WICKED, WRITERS, World
 
 import sinklens as sl
-
-WRITERS = [name for name in PUBLIC if name.rpartition(".")[2].startswith("write_") and name != "lab.write_tokens"]
 
 
 class Elements(HTMLParser):

@@ -8,11 +8,10 @@ not, ``LEAST`` says what they reach, so that docs/interval_coverage.md cannot pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
+from distributions import DISTRIBUTIONS
 from scipy.stats import binom, t
 
 from sinklens.jacobians import chi_square_interval
@@ -20,21 +19,7 @@ from sinklens.statistics import interval
 
 RUNS = 600
 RESAMPLES = 399
-Draw = Callable[[np.random.Generator, int], np.ndarray]
 
-DISTRIBUTIONS: dict[str, tuple[Draw, float]] = {
-    "normal": (lambda g, n: g.normal(size=n), 0.0),
-    "uniform": (lambda g, n: g.uniform(size=n), 0.5),
-    "exponential": (lambda g, n: g.exponential(size=n), 1.0),
-    "lognormal": (lambda g, n: g.lognormal(0.0, 1.0, size=n), float(np.exp(0.5))),
-    "zero-inflated": (lambda g, n: np.where(g.uniform(size=n) < 0.5, 0.0, g.exponential(size=n)), 0.5),
-    "mostly zero": (lambda g, n: np.where(g.uniform(size=n) < 0.8, 0.0, g.exponential(size=n)), 0.2),
-    "heavy tails": (lambda g, n: g.standard_t(3, size=n), 0.0),
-    "contaminated": (lambda g, n: g.normal(size=n) * np.where(g.uniform(size=n) < 0.05, 20.0, 1.0), 0.0),
-    "rate": (lambda g, n: g.binomial(30, 0.9, size=n) / 30, 0.9),
-    "yes or no": (lambda g, n: g.binomial(1, 0.5, size=n) * 1.0, 0.5),
-    "rare": (lambda g, n: g.binomial(1, 0.1, size=n) * 1.0, 0.1),
-}
 # Where the coverage is below 0.95: very skewed documents, and samples that are often constant (a point holds nothing).
 LEAST = {
     ("lognormal", 16): 0.91,

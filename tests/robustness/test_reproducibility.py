@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 from architectures import build_pair, random_rows
-from test_lab_training import SHORT
-from test_trace import planted_writers, texts
+from lab_configs import SHORT
+from places import ROOT, SUPPORT
+from planted_writers import planted_writers, texts
 
 import sinklens as sl
 from sinklens.contexts import shuffle
@@ -134,8 +135,8 @@ def fingerprints(scrambled: int | None) -> dict[str, str]:
 
 
 def test_the_same_seed_gives_the_same_bits_in_another_process() -> None:
-    folder = Path(__file__).parent
-    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}"}
+    folders = (ROOT, SUPPORT, Path(__file__).parent)
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(map(str, folders))}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, "-c", "import json, test_reproducibility as t; print(json.dumps(t.fingerprints(None)))"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)

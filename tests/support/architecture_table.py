@@ -1,19 +1,28 @@
-"""docs/architectures.md: written from the results of tests/test_architectures.py, and read again by it."""
+"""docs/architectures.md: written from the results of tests/check/test_architectures.py, and read again by it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import pytest
+from places import ROOT
 
 import sinklens as sl
 
-PATH = Path(__file__).parent.parent / "docs" / "architectures.md"
+PATH = ROOT / "docs" / "architectures.md"
+NAMES = (
+    "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "neox", "phi3", "falcon", "opt", "bloom",
+    "mixtral", "gpt-oss", "deepseek-v3", "bert", "roberta", "vit", "gpt-neo", "modernbert", "distilbert", "dinov2",
+)  # fmt: skip
+TABLE: Any = pytest.StashKey[dict[str, sl.SelfTest]]()
 MARKS = {"exact": "✓", "partly": "(✓)", "refused": "–"}
 _HEAD = """# Architectures
 
-Written by `make architectures` from the run of `tests/test_architectures.py`: tiny random models of each architecture
-(2 or 3 layers, large weights), every public function that runs a model, each against its formula written out
-(`sinklens check` does the same on your model). {counts}
+Written by `make architectures` from the run of `tests/check/test_architectures.py`: tiny random models of each
+architecture (2 or 3 layers, large weights), every public function that runs a model, each against its formula written
+out (`sinklens check` does the same on your model). {counts}
 
 ✓ exact: the largest error of all parts is at most 1e-3 (for edits: of what the edit changes). (✓) exact, but some part
 is refused, see below. – refused: `UnsupportedModelError` says why and what to do. There is no third outcome.

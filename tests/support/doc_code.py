@@ -9,7 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent.parent / "docs"
+from places import ROOT
+
+DOCS = ROOT / "docs"
 MODULES = {"sl": "sinklens", "lab": "sinklens.lab", "streaming": "sinklens.streaming", "sweep": "sinklens.sweep"}
 
 

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import jaxtyping
 import numpy as np
 import plotly.graph_objects as go
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from public_calls import CALLS, WICKED, World, function_of
 from public_methods import METHODS, given_to
 
 import sinklens as sl
 
+CASES = int(os.environ.get("SINKLENS_FUZZ", "500"))
+SECONDS = 60  # of the processor; the slowest correct call takes two
 WORDS = (
     *("", " ", "\n\t", "\x00", "a\x00b", "\U0001f9e0\U0001fae0", "\u05e9\u05dc\u05d5\u05dd", "\u202eabc"),
     *("\ud800", "e\u0301" * 9, "<bos>", "a<bos>b<eos>", "<pad><pad>", "x" * 100_000, "a", "ab", *WICKED),
@@ -203,3 +212,44 @@ def method_oracle(name: str, given: dict[str, Any], found: Any) -> None:
     if method in ("sink_rate_interval", "interval") and isinstance(found, tuple):
         low, high = (torch.as_tensor(end) for end in found)
         assert bool((low <= high).all())
+
+
+class Hang(BaseException):
+    """Not an Exception, so that no code under test takes it for a fault."""
+
+
+@contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """Raise in the middle of whatever computes longer, or waits ten times as long."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise Hang(f"more than {seconds} s")
+
+    clocks = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 10 * seconds)}
+    before = {number: signal.signal(number, ring) for number in clocks}
+    for clock, most in clocks.values():
+        signal.setitimer(clock, most)
+    try:
+        yield
+    finally:
+        for clock, _ in clocks.values():
+            signal.setitimer(clock, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fuzz(cases: int) -> Any:
+    """So many cases, the same ones in every run of CI; torture draws new ones."""
+    return settings(
+        max_examples=cases, deadline=None, database=None, derandomize=CASES <= 500,
+        suppress_health_check=[*HealthCheck.__members__.values()], print_blob=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it() -> Iterator[None]:
+    """Without the type checks of the other tests, which users do not have: the package must refuse by itself."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from architectures import build
-from test_tokens import word_tokenizer
+from torch import Tensor
+from wording import word_tokenizer
 
 import sinklens as sl
 
@@ -41,3 +43,16 @@ def offloaded_pair(name: str, folder: Path, **options: Any) -> tuple[Any, Any]:
     word_tokenizer(adds_bos=False).save_pretrained(folder)
     dispatch = {"device_map": disk_map(plain, BLOCKS[name]), "offload_folder": folder / "offloaded"}
     return sl.load_model(folder, device="cpu", **options), sl.load_model(folder, **dispatch, **options)
+
+
+def on_disk(model: Any) -> list[str]:
+    """The weights that are placeholders while the model is at rest."""
+    return [name for name, weight in model.original_model.named_parameters() if weight.is_meta]
+
+
+def run(model: Any, ids: Tensor, hooks: Any = (), flash: bool = False) -> Tensor:
+    with torch.no_grad():
+        if not flash:
+            return model.run_with_hooks(ids, fwd_hooks=list(hooks))
+        with sl.flash(model):
+            return model.run_with_hooks(ids, fwd_hooks=list(hooks))

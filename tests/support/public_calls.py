@@ -1,7 +1,7 @@
 """One call of every public function on tiny models: what the tests of clean-up, of bad input and of pages share.
 
 ``CALLS[name]`` gives the arguments of a call that works; :func:`call` makes it and uses what came back (hooks are run,
-contexts entered). A new public function without an entry fails ``tests/test_cleanup.py``.
+contexts entered). A new public function without an entry fails ``tests/robustness/test_cleanup.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import plain_models
 import torch
 import transformers as tf
-from test_secondary_verdicts import trace_of, weakened
+from made_traces import trace_of, weakened
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import sinklens as sl
@@ -395,3 +395,6 @@ PUBLIC = sorted(
     + [f"lab.{name}" for name in lab.__all__ if inspect.isfunction(getattr(lab, name))]
     + [f"sweep.{name}" for name in sweep.__all__ if inspect.isfunction(getattr(sweep, name))]
 )
+
+
+WRITERS = [name for name in PUBLIC if name.rpartition(".")[2].startswith("write_") and name != "lab.write_tokens"]

@@ -1,7 +1,7 @@
 """One call of every method with arguments of the public classes: what the fuzz of methods makes wild.
 
 ``OBJECTS[class]`` gives an object of the tiny world, ``GIVEN["Class.method"]`` the arguments that a method needs; a
-new method is found by :data:`METHODS` and fails ``tests/test_fuzz_methods.py`` until its arguments are here.
+new method is found by :data:`METHODS` and fails ``tests/robustness/test_fuzz_methods.py`` until its arguments are here.
 """
 
 from __future__ import annotations

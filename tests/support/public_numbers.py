@@ -8,13 +8,15 @@ from unittest.mock import patch
 
 import torch
 from architectures import build, random_rows
-from test_trace import planted_writers, texts
+from planted_writers import planted_writers, texts
 from torch import Tensor
 
 import sinklens as sl
 from sinklens.decomposition import NUMBERS
 from sinklens.streaming_losses import streaming_loss
 
+FAMILIES = ("gpt2", "bert", "neox", "planted gpt2")
+TOLERANCE = 2e-5  # of the largest magnitude of the same number
 MASK = 7
 EDITS: dict[str, dict[str, Any]] = {
     "renormalize": {},

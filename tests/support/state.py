@@ -21,8 +21,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def process_state() -> dict[str, Any]:
     """Gradients, dtype, generators, threads, kernels.
 
-    Python's own generator is moved by the type checks of the tests; ``tests/test_safety.py`` checks that the package
-    never imports it.
+    Python's own generator is moved by the type checks of the tests; ``tests/robustness/test_safety.py`` checks that
+    the package never imports it.
     """
     return {
         "grad": torch.is_grad_enabled(),
@@ -109,3 +109,15 @@ class Struck:
             return run()
         finally:
             handle.remove()
+
+
+def attention_settings(model: Any) -> list[Any]:
+    """What a context of flash attention touches of a model."""
+    found: list[Any] = [model.original_model.config._attn_implementation]
+    for block in model.blocks:
+        attention: Any = block.attn
+        found += [sorted(attention.__dict__), attention.__dict__.get("forward")]
+        configs: list[Any] = [getattr(m, "config", None) for m in attention.original_component.modules()]
+        found += [getattr(config, "_attn_implementation", None) for config in configs]
+        found.append("forward" in attention.original_component.__dict__)
+    return found

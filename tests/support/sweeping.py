@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from architectures import build
-from test_tokens import WORDS, word_tokenizer
+from wording import WORDS, word_tokenizer
 
 import sinklens as sl
 from sinklens.sweep import Job, collect, run_sweep

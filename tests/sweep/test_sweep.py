@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import SUPPORT
 from sweeping import EDITS, EFFECT, SENTENCES, TASKS, TEXT, here, save_models, value_of
 
 import sinklens as sl
@@ -25,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def own_functions_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from places import SUPPORT
 from sweeping import EDITS, TASKS, TEXT, here, save_models
 from typer.testing import CliRunner
 
@@ -36,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def own_functions_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from architectures import build_pair, random_rows
+from planted_writers import ERASES_X, LAYERS, LENGTH, SIZE, WRITES_X, X, planted_writers, texts
 from scipy.stats import spearmanr
-from test_trace import ERASES_X, LAYERS, LENGTH, SIZE, WRITES_X, X, planted_writers, texts
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl

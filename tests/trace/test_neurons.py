@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import build_pair, random_rows
-from test_secondary_verdicts import sink
+from made_traces import sink
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 

@@ -1,6 +1,6 @@
 """Replacements, and primaries without secondary sinks, against the host run once per edit with plain hooks.
 
-The planted model of test_trace, made restless: attention writes a little, so that secondary sinks do move the primary's
+The model of planted_writers, made restless: attention writes a little, so that secondary sinks do move the primary's
 margin; a second MLP writes a little of the secondary sinks and a third takes a little away; late in a text what MLPs
 read is drowned, so that there the same tokens are written less, and are no sinks.
 """
@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_ablate import batch_of
-from test_secondary_verdicts import traced
-from test_trace import ERASES_X, LAYERS, WRITES_X, X, Y, planted_writers, texts
+from batches import batch_of
+from made_traces import traced
+from planted_writers import HELPS_X, LAYERS, WRITES_X, X, Y, planted_writers, restless, texts
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -25,22 +25,7 @@ import sinklens as sl
 from sinklens.components import Component
 from sinklens.trace_causes import PART, _writing
 
-HELPS_X, FADES_X, LATE = WRITES_X - 1, WRITES_X + 2, 82
 REPLACEMENTS = ("same_id", "zero", "mean", "project")
-
-
-def restless(host: Any) -> None:
-    draw = torch.Generator().manual_seed(0)
-    blocks = host.transformer.h
-    for block in blocks:
-        for weight in (block.attn.c_attn.weight, block.attn.c_proj.weight):
-            weight += 0.1 * torch.randn(weight.shape, generator=draw)
-    blocks[HELPS_X].mlp.c_fc.weight[:, 5] = blocks[WRITES_X].mlp.c_fc.weight[:, 5]
-    blocks[HELPS_X].mlp.c_proj.weight[5] = 0.15 * blocks[WRITES_X].mlp.c_proj.weight[5]
-    blocks[FADES_X].mlp.c_fc.weight[:, 1] = blocks[ERASES_X].mlp.c_fc.weight[:, 1]
-    blocks[FADES_X].mlp.c_proj.weight[1] = 0.1 * blocks[ERASES_X].mlp.c_proj.weight[1]
-    late = host.transformer.wpe.weight[LATE:]
-    late += 2 * torch.randn(late.shape, generator=draw)
 
 
 @dataclass

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trace import WRITES_X, X, planted_writers, texts
-from test_trace_causes import HELPS_X, LATE, restless
+from planted_writers import HELPS_X, LATE, WRITES_X, X, planted_writers, restless, texts
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
