@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
+from places import ROOT
 from public_calls import PUBLIC
 
 import sinklens as sl
 from sinklens import streaming
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
 ROWS = [line.split("|") for line in PAGE.splitlines() if line.startswith("| `")]
 
@@ -24,12 +23,12 @@ def test_every_public_name_has_one_row() -> None:
 def test_every_row_promises_something_and_names_a_test() -> None:
     for row in ROWS:
         assert all(cell.strip() for cell in row[2:5]), row
-        assert re.search(r"`tests/test_\w+\.py::test_\w+`", row[4]), row
+        assert re.search(r"`tests/[\w/]+\.py::test_\w+`", row[4]), row
 
 
 def sources(cell: str) -> str:
     """The files of the tests that a cell names."""
-    return "".join((ROOT / path).read_text(encoding="utf-8") for path in re.findall(r"`(tests/test_\w+\.py)::", cell))
+    return "".join((ROOT / path).read_text(encoding="utf-8") for path in re.findall(r"`(tests/[\w/]+\.py)::", cell))
 
 
 def test_every_row_says_how_exactly() -> None:
@@ -42,8 +41,8 @@ def test_every_row_says_how_exactly() -> None:
 
 
 def test_every_test_that_is_named_exists() -> None:
-    named = set(re.findall(r"`(tests/test_\w+\.py)::(test_\w+)`", PAGE))
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", PAGE))
     assert len(named) > 100
     for path, test in named:
         assert re.search(rf"^def {test}\(", (ROOT / path).read_text(encoding="utf-8"), re.M), f"{path}::{test}"
-    assert PAGE.count("::") == len(re.findall(r"`tests/test_\w+\.py::test_\w+`", PAGE))
+    assert PAGE.count("::") == len(re.findall(r"`tests/[\w/]+\.py::test_\w+`", PAGE))
