@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
-from places import ROOT
+from places import ROOT, SUPPORT
 from public_calls import PUBLIC
 
 import sinklens as sl
@@ -26,13 +27,31 @@ def test_every_row_promises_something_and_names_a_test() -> None:
         assert re.search(r"`tests/[\w/]+\.py::test_\w+`", row[4]), row
 
 
+def shared(source: str) -> str:
+    """The definitions in tests/support that a file imports by name."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        path = SUPPORT / f"{node.module}.py" if isinstance(node, ast.ImportFrom) else None
+        if path is None or not path.is_file():
+            continue
+        helper, names = path.read_text(encoding="utf-8"), {alias.name for alias in node.names}
+        for one in ast.parse(helper).body:
+            defined = {n.id for n in ast.walk(one) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            mine = {one.name} if isinstance(one, (ast.FunctionDef, ast.ClassDef)) else defined
+            if mine & names:
+                found.append(ast.get_source_segment(helper, one) or "")
+    return "\n".join(found)
+
+
 def sources(cell: str) -> str:
-    """The files of the tests that a cell names."""
-    return "".join((ROOT / path).read_text(encoding="utf-8") for path in re.findall(r"`(tests/[\w/]+\.py)::", cell))
+    """The files of the tests that a cell names, with what they import of tests/support."""
+    paths = re.findall(r"`(tests/[\w/]+\.py)::", cell)
+    texts = [(ROOT / path).read_text(encoding="utf-8") for path in paths]
+    return "\n".join([*texts, *map(shared, texts)])
 
 
 def test_every_row_says_how_exactly() -> None:
-    """A number, exact, or refused; and a tolerance stands in a file of its tests (1e-6 relative is pytest's own)."""
+    """A number, exact, or refused; and a tolerance stands in its tests or what they share (1e-6 relative: pytest's)."""
     for row in ROWS:
         assert re.search(r"\d|\bexact\b|\brefused\b", row[3]), row
         assert "of the test" not in row[3], row
