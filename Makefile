@@ -29,7 +29,7 @@ torture: setup
 
 # The table of docs/architectures.md, from the run of its tests.
 architectures: setup
-	$(BIN)/python -m pytest tests/test_architectures.py -p no:xdist --architectures-table
+	$(BIN)/python -m pytest tests/check/test_architectures.py -p no:xdist --architectures-table
 
 # The matrix of architectures on the newest TransformerLens and transformers, in an environment of its own.
 test-latest:
@@ -39,7 +39,7 @@ test-latest:
 	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-latest/constraints.txt \
 		--upgrade transformer-lens transformers
 	.venv-latest/bin/python -m pip list 2>/dev/null | grep -iE "^(transformer-lens|transformers|torch) "
-	.venv-latest/bin/python -m pytest -n 2 --dist worksteal tests/test_architectures.py tests/test_proof.py
+	.venv-latest/bin/python -m pytest -n 2 --dist worksteal tests/check/test_architectures.py tests/bridge/test_capabilities.py
 
 # Run every notebook and keep its outputs, with static images (needs Chromium).
 notebooks: setup

@@ -8,21 +8,13 @@ import pytest
 import torch
 from browsing import browser, visit  # noqa: F401  (fixtures)
 from transformer_lens.model_bridge import TransformerBridge
+from wording import TEXT_A
 
 import sinklens as sl
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: waiting for one another costs more than it brings
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for notebooks and commands in processes of their own
-
-TEXT_A = (
-    "Attention is the concentration of awareness on some phenomenon to the exclusion of other stimuli. It is a "
-    "process of selectively concentrating on a discrete aspect of information, whether considered subjective or "
-    "objective. William James wrote that attention is the taking possession by the mind, in clear and vivid form, of "
-    "one out of what seem several simultaneously possible objects or trains of thought. Focalization, concentration, "
-    "of consciousness are of its essence. It implies withdrawal from some things in order to deal effectively with "
-    "others."
-)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--architectures-table"):
         import architecture_table
-        from test_architectures import NAMES, TABLE
+        from architecture_table import NAMES, TABLE
 
         found = session.config.stash.get(TABLE, {})
         if set(found) == set(NAMES) and all(one.ok for one in found.values()):
