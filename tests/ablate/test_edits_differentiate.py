@@ -70,7 +70,7 @@ def check(model: TransformerBridge, hooks: list[Any], eps: float | None) -> None
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_every_mode_differentiates_as_the_edited_model_does(mode: str) -> None:
+def test_every_mode_differentiates_as_the_edited_model_does(mode: Any) -> None:
     """float64 GPT-2; two sinks, one of which sees only itself and the other."""
     model = sl.load_model(build("gpt2").double())
     options = dict(MODES[mode])

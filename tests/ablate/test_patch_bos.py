@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,19 +12,19 @@ from editing import greedy
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.ablate.patch_bos import SITES, site_hook
+from sinklens.ablate.patch_bos import Site, site_hook
 
 
-def at_site(model: Any, ids: Tensor, layer: int, site: str, hooks: Any = ()) -> Tensor:
+def at_site(model: Any, ids: Tensor, layer: int, site: Any, hooks: Any = ()) -> Tensor:
     found: list[Tensor] = []
     reading = (site_hook(model, layer, site), lambda t, hook: found.append(t.detach().clone()))
     model.run_with_hooks(ids, fwd_hooks=[*hooks, reading], return_type=None)
     return found[0]
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", get_args(Site))
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma3", "neox", "gpt-oss"])
-def test_the_first_position_holds_the_sources_activation(name: str, site: str) -> None:
+def test_the_first_position_holds_the_sources_activation(name: str, site: Any) -> None:
     _, model = build_pair(name)
     ids, other = (row[None] for row in random_rows((12, 15)))
     heads_first = name == "gemma3" and site == "k"
@@ -60,7 +60,7 @@ def test_a_cache_is_a_source() -> None:
     _, model = build_pair("llama")
     ids, other = (row[None] for row in random_rows((12, 12)))
     _, cache = model.run_with_cache(other)
-    for site in SITES:
+    for site in get_args(Site):
         from_cache = model.run_with_hooks(ids, fwd_hooks=sl.patch_bos(model, ids, cache, site=site))
         from_text = model.run_with_hooks(ids, fwd_hooks=sl.patch_bos(model, ids, other, site=site))
         assert (from_cache - from_text).abs().max() < 1e-5
@@ -73,7 +73,7 @@ def test_the_same_first_token_is_refused_and_changes_nothing() -> None:
     ids, other = (row[None] for row in random_rows((12, 12)))
     other[0, 0] = ids[0, 0]
     plain = model(ids)
-    for site in SITES:
+    for site in get_args(Site):
         with pytest.raises(sl.BadInputError, match="same first token"):
             sl.patch_bos(model, ids, other, site=site)
         hooks = sl.patch_bos(model, ids, other, site=site, allow_identity=True)
@@ -84,7 +84,7 @@ def test_the_same_first_token_is_refused_and_changes_nothing() -> None:
 def test_delegating_hosts_take_patches_that_work_and_refuse_the_others(name: str) -> None:
     _, model = build_pair(name)
     ids, other = (row[None] for row in random_rows((12, 12)))
-    for site in SITES:
+    for site in get_args(Site):
         try:
             hooks = sl.patch_bos(model, ids, other, site=site, layers=0)
         except sl.UnsupportedModelError as error:

@@ -120,7 +120,7 @@ def test_padding_and_generation_agree() -> None:
 
 
 def test_bad_residual_edits_say_what_to_do(massive: Any) -> None:
-    cases: list[tuple[Any, str, dict[str, Any], str]] = [
+    cases: list[tuple[Any, Any, dict[str, Any], str]] = [
         ([0], "erase", {}, "mode must be"),
         ([0], "project", {"g": 0.5}, "belongs to mode"),
         ([0], "rescale", {"g": -1.0}, "belongs to mode"),

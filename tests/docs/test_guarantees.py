@@ -31,8 +31,10 @@ def shared(source: str) -> str:
     """The definitions in tests/support that a file imports by name."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        path = SUPPORT / f"{node.module}.py" if isinstance(node, ast.ImportFrom) else None
-        if path is None or not path.is_file():
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        path = SUPPORT / f"{node.module}.py"
+        if not path.is_file():
             continue
         helper, names = path.read_text(encoding="utf-8"), {alias.name for alias in node.names}
         for one in ast.parse(helper).body:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from architectures import build_pair, random_rows
@@ -106,7 +108,7 @@ def test_bad_requests_say_what_to_do() -> None:
     with pytest.raises(sl.BadInputError, match="no damage to match"):
         sl.experiment.matched_damage(model, ids, [], progress=False)
     with pytest.raises(sl.BadInputError, match="kind must be"):
-        sl.experiment.matched_damage(model, ids, [], kind="other", progress=False)
+        sl.experiment.matched_damage(model, ids, [], kind=cast(Any, "other"), progress=False)
     with pytest.raises(sl.BadInputError, match="out of range"):
         sl.experiment.matched_damage(model, ids, [], layers=[9], progress=False)
     with pytest.raises(sl.UnsupportedModelError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -188,7 +188,7 @@ def test_scores_at_hand_are_used_and_must_fit() -> None:
 
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(sl.BadInputError, match="method must be one of attention, direction, wong"):
-        sl.find_sinks(planted_model(2, {}, {}), row(60, {}), method="norm")
+        sl.find_sinks(planted_model(2, {}, {}), row(60, {}), method=cast(Any, "norm"))
 
 
 @pytest.mark.parametrize("name", ["bert", "gemma3", "gpt-oss", "opt"])

@@ -67,7 +67,7 @@ def test_pseudo_loss_equals_masking_one_token_at_a_time(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("backend", ["hooks", "flash"])
-def test_experiments_on_encoders_equal_the_naive_edit_of_every_masked_copy(name: str, backend: str) -> None:
+def test_experiments_on_encoders_equal_the_naive_edit_of_every_masked_copy(name: str, backend: Any) -> None:
     """Positions, a SinkMap whose sinks live in one layer each, and a predicate on the ids of the text."""
     hf, model = build_pair(name)
     rows = ids_of(13, 11)

@@ -49,7 +49,7 @@ ALIVE = {1: [(0, 1)], 2: [(0, 1), (2, 1)], 3: [(2, 1)], 4: [(0, 1)]}
 
 
 @pytest.mark.parametrize("null", ["any", "same_id"])
-def test_reading_heads_are_compared_with_the_one_token_that_can_be_drawn(null: str) -> None:
+def test_reading_heads_are_compared_with_the_one_token_that_can_be_drawn(null: Any) -> None:
     """Any other token of the text: column 3. The same id: (1, 3) alone, since the last column has no far queries."""
     tokens = batch()
     scores, sinks = scored(tokens), mapped(tokens)

@@ -119,7 +119,7 @@ def test_a_sink_maps_edit_acts_where_and_when_its_sinks_live(name: str) -> None:
     ("mode", "options"),
     [("mean_value", {}), ("fixed_key", {}), ("renormalize", {"to": "ordinary"}), ("move", {"target": 2})],
 )
-def test_every_edit_of_a_sink_map_is_the_same_before_and_after_a_swap(mode: str, options: dict[str, Any]) -> None:
+def test_every_edit_of_a_sink_map_is_the_same_before_and_after_a_swap(mode: Any, options: dict[str, Any]) -> None:
     _, model = build_pair("llama")
     rows = random_rows((LENGTH, LENGTH, LENGTH))
     kinds = {0: "primary", 3: "secondary"}

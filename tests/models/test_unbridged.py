@@ -111,7 +111,7 @@ def test_the_residual_methods_read_the_hidden_states_of_transformers(name: str) 
 
 @pytest.mark.parametrize("method", ["attention", "direction", "wong"])
 @pytest.mark.filterwarnings("ignore::sinklens.SinklensWarning")
-def test_find_sinks_runs_by_every_method(method: str, distilbert: sl.models.PlainModel) -> None:
+def test_find_sinks_runs_by_every_method(method: Any, distilbert: sl.models.PlainModel) -> None:
     found = sl.find_sinks(distilbert, ragged(rows((120, 90, 100)), "left"), method=method, activity=0.001)
     assert found.method == method
     assert found.mass.shape == (3, 2, 120)

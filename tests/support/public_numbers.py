@@ -18,7 +18,7 @@ from sinklens.streaming.loss import streaming_loss
 FAMILIES = ("gpt2", "bert", "neox", "planted gpt2")
 TOLERANCE = 2e-5  # of the largest magnitude of the same number
 MASK = 7
-EDITS: dict[str, dict[str, Any]] = {
+EDITS: dict[Any, dict[str, Any]] = {
     "renormalize": {},
     "zero": {},
     "value_only": {},
@@ -84,7 +84,8 @@ def numbers(model: Any, family: str) -> dict[str, Tensor]:
         except sl.UnsupportedModelError:
             continue  # a delegating host's keys or values cannot be replaced
         found[f"ablate_sinks: {mode}, loss"] = sl.token_loss(model, ids[:2], hooks=hooks, mask_id=mask)
-    for mode, options in {"project": {"reference": ids[2:]}, "rescale": {"g": 0.5}}.items():
+    residual: dict[Any, Any] = {"project": {"reference": ids[2:]}, "rescale": {"g": 0.5}}
+    for mode, options in residual.items():
         hooks = sl.ablate_residual(model, [1], mode, **options, progress=False)
         found[f"ablate_residual: {mode}, loss"] = sl.token_loss(model, ids[:2], hooks=hooks, mask_id=mask)
     if family == "neox":

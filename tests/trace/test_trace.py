@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -163,7 +163,7 @@ def test_nothing_to_trace_and_bad_input() -> None:
     with pytest.raises(sl.BadInputError, match="no writer"):
         sl.trace.plant_sinks(model, empty)
     with pytest.raises(sl.BadInputError, match="replacements"):
-        sl.trace_sinks(model, texts(), replacements=("median",))
+        sl.trace_sinks(model, texts(), replacements=cast(Any, ("median",)))
     other = sl.find_sinks(model, texts(2))
     with pytest.raises(sl.BadInputError, match="these very tokens"):
         sl.trace_sinks(model, texts(3), other)
