@@ -115,6 +115,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     Raises:
         BadInputError: no such file, half a file, or one that sinklens did not write.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise BadInputError(f"path must be the path of a saved result, got a {type(path).__name__}")
     name = os.fspath(path)
     try:
         with safe_open(path, framework="pt") as file:

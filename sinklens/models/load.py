@@ -140,11 +140,16 @@ def has_trained_head(model: TransformerBridge) -> bool:
     return model not in _headless
 
 
+@public
 def untrained_twin(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
     """A model of the same class and shape with the random weights that its class initialises, for token ids only.
 
     The floor of every index: what it shows is not learned. Cost: a second model in memory.
+
+    Raises:
+        UnsupportedModelError: a model without a bridge.
     """
+    capabilities(model)
     original: Any = model.original_model
     config = copy.deepcopy(original.config)
     with own_generator(seed):

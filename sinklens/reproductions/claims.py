@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sinklens.core.intervals import summary
+from sinklens.core.validation import public
 from sinklens.inputs.load import load_tokens
 from sinklens.reproductions.originals import Subject
 
@@ -146,6 +147,7 @@ class Claim:
         return self.published
 
 
+@public
 def verdict(claim: Claim, quantity: Quantity | None, subject: Subject, reason: str = "") -> tuple[str, str]:
     """The verdict on a claim and, where it is "not comparable", why.
 

@@ -22,8 +22,8 @@ from sinklens.report import export as exporting
 
 WRITERS = [name for name in PUBLIC if name.rpartition(".")[2].startswith("write_") and name != "write_report"]
 SAVED = ("sink_scores", "find_sinks", "trace_sinks", "run_experiment", "compare_mixing", "decompose_sinks",
-         "perturbation_spread", "sweep_ablation", "attention_statistics", "measure_collapse", "sink_anatomy",
-         "path_sums", "reproduce", "register_tokens")  # fmt: skip
+         "mixing.perturbation_spread", "sweep_ablation", "heads.attention_statistics", "mixing.measure_collapse",
+         "sink_anatomy", "mixing.path_sums", "reproduce", "find.register_tokens")  # fmt: skip
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from public_calls import World
 import sinklens as sl
 
 SAVED = ("sink_scores", "find_sinks", "trace_sinks", "run_experiment", "compare_mixing", "decompose_sinks",
-         "perturbation_spread", "sweep_ablation", "attention_statistics", "measure_collapse")  # fmt: skip
+         "mixing.perturbation_spread", "sweep_ablation", "heads.attention_statistics",
+         "mixing.measure_collapse")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_wild_arguments_of_a_method_give_a_result_or_a_sinklens_error(world: Wor
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_call_that_is_made_wild_works(world: World, name: str) -> None:
-    if name in ("SinkScores.plot_image", "SinkTrace.plot_doses"):
+    if name in ("SinkScores.plot_image", "trace.SinkTrace.plot_doses"):
         with pytest.raises(sl.BadInputError, match="these scores are of texts|this trace holds no doses"):
             call_method(name, world, given_to(name, world))
     else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from html.parser import HTMLParser
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from architectures import build_pair, random_rows
 from nbclient import NotebookClient
 from planted import X, Y, planted_model, row
+from public_names import CLASSES, named
 
 import sinklens as sl
 from sinklens.experiment.ablation_sweep_result import Sweep
@@ -106,13 +105,10 @@ def test_the_text_of_a_token_can_be_read_as_it_is(results: dict[str, Any], kind:
 
 def test_every_public_result_shows_itself() -> None:
     tables = ("to_dataframe", "head_table")
-    for module in ("sinklens", "sinklens.streaming", "sinklens.sweep", "sinklens.lab"):
-        names = import_module(module).__all__
-        classes = [c for c in (getattr(import_module(module), name) for name in names) if inspect.isclass(c)]
-        for one in classes:
-            if any(hasattr(one, table) for table in tables):
-                assert issubclass(one, ShownInJupyter), one
-                assert callable(getattr(one, one._table)), one
+    for one in map(named, CLASSES):
+        if any(hasattr(one, table) for table in tables):
+            assert issubclass(one, ShownInJupyter), one
+            assert callable(getattr(one, one._table)), one
     assert issubclass(Sweep, ShownInJupyter)
 
 

@@ -151,15 +151,15 @@ def method_cases(draw: st.DrawFn, world: World, name: str) -> dict[str, Any]:
 LEFT: dict[str, tuple[str, ...]] = {
     "sweep.run_sweep": ("executor", "workers", "threads"),
     "lab.write_tokens": ("tokenizer",),
-    "compare_contexts": ("n_seqs",),
-    "perturbation_spread": ("n_swaps",),
+    "find.compare_contexts": ("n_seqs",),
+    "mixing.perturbation_spread": ("n_swaps",),
     "compare_mixing": ("probes",),
     "measure_mixing": ("probes",),
-    "reading_heads": ("permutations",),
+    "heads.reading_heads": ("permutations",),
     "load_tokens": ("n_seqs",),
-    "plant_sinks": ("n_random",),
-    "writer_neurons": ("n_random",),
-    "writer_subspace": ("n_random",),
+    "trace.plant_sinks": ("n_random",),
+    "trace.writer_neurons": ("n_random",),
+    "trace.writer_subspace": ("n_random",),
     "load_images": ("size",),
     "load_model": ("device_map", "max_memory", "offload_folder"),
 }
@@ -198,7 +198,7 @@ def method_oracle(name: str, given: dict[str, Any], found: Any) -> None:
         assert all(0 <= sink.sequence < len(found.tokens) for sink in found)
     if method == "save":
         assert Path(given["path" if "path" in given else "folder"]).stat().st_size
-    if name == "NamedTokens.__call__":
+    if name == "inputs.NamedTokens.__call__":
         assert found.shape == given["ids"].shape
     elif isinstance(found, torch.Tensor):
         assert found.numel()

@@ -19,6 +19,7 @@ import plain_models
 import torch
 import transformers as tf
 from made_traces import trace_of, weakened
+from public_names import FUNCTIONS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import sinklens as sl
@@ -27,6 +28,7 @@ from sinklens.check.cause_checks import MANY, made
 from sinklens.check.subject import SINKS, Subject
 from sinklens.experiment.matched_damage import damage
 from sinklens.inputs.load import as_tokens
+from sinklens.reproductions.originals import subject_of
 
 WICKED = (
     "</script><script>alert(1)</script>",
@@ -250,18 +252,19 @@ _quiet: Arguments = {"progress": False}
 CALLS: dict[str, Callable[[World], Arguments]] = {
     "ablate_residual": lambda w: {"model": w.model, "sinks": [0], "mode": "project", "reference": w.reference},
     "ablate_sinks": lambda w: {"model": w.model, "sinks": w.sinks, "mode": "mean_value"},
-    "attention_grid": lambda w: {"model": w.model, "text": w.tokens},
+    "heads.attention_grid": lambda w: {"model": w.model, "text": w.tokens},
     "attention_map": lambda w: {"model": w.model, "text": w.tokens, "layer": 1, "head": 2},
-    "attention_statistics": lambda w: {"model": w.model, "tokens": w.tokens, "sinks": [0], "entropy": True} | _quiet,
-    "attention_view": lambda w: {"model": w.model, "text": w.tokens, "layer": 1},
-    "bos_variants": lambda w: {"model": w.model, "tokens": w.tokens},
-    "capabilities": lambda w: {"model": w.model},
+    "heads.attention_statistics": lambda w: {"model": w.model, "tokens": w.tokens, "sinks": [0], "entropy": True}
+    | _quiet,
+    "heads.attention_view": lambda w: {"model": w.model, "text": w.tokens, "layer": 1},
+    "experiment.bos_variants": lambda w: {"model": w.model, "tokens": w.tokens},
+    "models.capabilities": lambda w: {"model": w.model},
     "check_model": lambda w: {"model": w.model, "tokens": w.every_token, "functions": ["sink_scores", "token_loss"]}
     | _quiet,
-    "compare_contexts": lambda w: {
+    "find.compare_contexts": lambda w: {
         "model": w.model, "source": "random", "contexts": ["natural", "shuffled"], "lengths": [50], "n_seqs": 2
     } | _quiet,
-    "compare_methods": lambda w: {"model": w.model, "tokens": w.tokens} | _quiet,
+    "find.compare_methods": lambda w: {"model": w.model, "tokens": w.tokens} | _quiet,
     "compare_mixing": lambda w: {
         "model": w.model, "tokens": w.short, "conditions": {"gone": w.hooks}, "sinks": [0], "probes": 2
     } | _quiet,
@@ -269,43 +272,44 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
     | _quiet,
     "find_sinks": lambda w: {"model": w.model, "tokens": w.tokens, "method": "direction"} | _quiet,
     "flash": lambda w: {"model": w.model},
-    "head_activity": lambda w: {"model": w.model, "tokens": w.tokens} | _quiet,
-    "image_map": lambda w: {"scores": w.seen, "image": 1, "layers": [0, 1]},
-    "jacobian_norms": lambda w: {"model": w.model, "tokens": w.short, "pairs": [(1, 4, 2)]} | _quiet,
+    "heads.head_activity": lambda w: {"model": w.model, "tokens": w.tokens} | _quiet,
+    "find.image_map": lambda w: {"scores": w.seen, "image": 1, "layers": [0, 1]},
+    "mixing.jacobian_norms": lambda w: {"model": w.model, "tokens": w.short, "pairs": [(1, 4, 2)]} | _quiet,
     "load_images": lambda w: {"model": w.vision, "sources": [plain_models.picture(), plain_models.picture(seed=1)]},
     "load_model": lambda w: {"name": w.model_folder},
     "load_tokens": lambda w: {"model": w.model, "source": ["one text of bytes", "another"]},
-    "matched_damage": lambda w: {"model": w.model, "tokens": w.likely, "hooks": w.harm, "layers": [0, 1]} | _quiet,
-    "measure_collapse": lambda w: {
+    "experiment.matched_damage": lambda w: {"model": w.model, "tokens": w.likely, "hooks": w.harm, "layers": [0, 1]}
+    | _quiet,
+    "mixing.measure_collapse": lambda w: {
         "model": w.model, "tokens": w.tokens, "conditions": {"gone": w.hooks}, "sinks": [0]
     } | _quiet,
     "measure_mixing": lambda w: {
         "model": w.model, "tokens": w.short, "sinks": [0], "hooks": w.hooks, "probes": 2
     } | _quiet,
-    "mixing_by_length": lambda w: {
+    "mixing.mixing_by_length": lambda w: {
         "model": w.model, "tokens": w.short, "lengths": [4, 6], "sinks": [0], "probes": 2
     } | _quiet,
-    "mixing_conditions": lambda w: {"model": w.model, "sinks": w.sinks, "control": False},
-    "named_tokens": lambda w: {"model": w.model, "names": ("<bos>", "a")},
-    "norm_and_mass": lambda w: {"trace": w.made},
+    "mixing.mixing_conditions": lambda w: {"model": w.model, "sinks": w.sinks, "control": False},
+    "inputs.named_tokens": lambda w: {"model": w.model, "names": ("<bos>", "a")},
+    "trace.norm_and_mass": lambda w: {"trace": w.made},
     "patch_bos": lambda w: {"model": w.model, "tokens": w.tokens, "source": "mean", "reference": w.reference},
-    "path_sums": lambda w: {"model": w.model, "tokens": w.short, "sinks": [0], "columns": [1]} | _quiet,
-    "perturbation_spread": lambda w: {
+    "mixing.path_sums": lambda w: {"model": w.model, "tokens": w.short, "sinks": [0], "columns": [1]} | _quiet,
+    "mixing.perturbation_spread": lambda w: {
         "model": w.model, "tokens": w.tokens, "conditions": {"gone": w.hooks}, "sinks": [0], "n_swaps": 3
     } | _quiet,
-    "plant_sinks": lambda w: {"model": w.model, "trace": w.made, "positions": (5,), "n_random": 1} | _quiet,
-    "primary_weakening": lambda w: {"trace": trace_of([], primaries=tuple(weakened(0.2, 0.1, 0.5)))},
-    "reading_heads": lambda w: {"scores": w.scores, "sinks": w.sinks, "permutations": 19},
-    "register_tokens": lambda w: {"model": w.vision, "images": w.images} | _quiet,
+    "trace.plant_sinks": lambda w: {"model": w.model, "trace": w.made, "positions": (5,), "n_random": 1} | _quiet,
+    "trace.primary_weakening": lambda w: {"trace": trace_of([], primaries=tuple(weakened(0.2, 0.1, 0.5)))},
+    "heads.reading_heads": lambda w: {"scores": w.scores, "sinks": w.sinks, "permutations": 19},
+    "find.register_tokens": lambda w: {"model": w.vision, "images": w.images} | _quiet,
     "reproduce": lambda w: {"entries": "gu-norms", "model": w.model, "n_seqs": 2} | _quiet,
     "restrict_attention": lambda w: {"model": w.model, "sinks": 2, "recent": 10},
     "run_experiment": lambda w: {
         "model": w.model, "tokens": w.tokens, "interventions": {"gone": w.hooks}, "controls": ("random",),
         "sinks": w.sinks,
     } | _quiet,
-    "sample_images": lambda w: {},
+    "inputs.sample_images": lambda w: {},
     "sink_anatomy": lambda w: {"model": w.model, "sinks": w.sinks} | _quiet,
-    "sink_levels": lambda w: {"sinks": w.sinks},
+    "trace.sink_levels": lambda w: {"sinks": w.sinks},
     "sink_scores": lambda w: {"model": w.model, "tokens": w.tokens} | _quiet,
     "swap_attention": lambda w: {"model": w.model, "kind": "clipped"},
     "sweep_ablation": lambda w: {"model": w.model, "tokens": w.tokens, "sinks": [0]} | _quiet,
@@ -313,30 +317,37 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
     "trace_sinks": lambda w: {
         "model": w.model, "tokens": w.tokens, "sinks": w.sinks, "reference": w.reference, "most_proven": 1
     } | _quiet,
-    "write_decomposition": lambda w: {"found": w.result("decompose_sinks"), "out": w.new()},
-    "write_experiment": lambda w: {"experiment": w.result("run_experiment"), "out": w.new()},
-    "write_images": lambda w: {"scores": w.seen, "registers": w.result("register_tokens"), "out": w.new()},
-    "write_mixing": lambda w: {
+    "decompose.write_decomposition": lambda w: {"found": w.result("decompose_sinks"), "out": w.new()},
+    "experiment.write_experiment": lambda w: {"experiment": w.result("run_experiment"), "out": w.new()},
+    "find.write_images": lambda w: {"scores": w.seen, "registers": w.result("find.register_tokens"), "out": w.new()},
+    "mixing.write_mixing": lambda w: {
         "found": w.result("compare_mixing"), "out": w.new(), "losses": {"base": 1.0, "gone": 2.0},
-        "swaps": w.result("perturbation_spread"), "collapse": w.result("measure_collapse"),
-        "bound": w.result("path_sums"),
+        "swaps": w.result("mixing.perturbation_spread"), "collapse": w.result("mixing.measure_collapse"),
+        "bound": w.result("mixing.path_sums"),
     },
     "write_report": lambda w: {"model": w.model, "tokens": w.tokens, "path": w.new(), "quick": True} | _quiet,
-    "write_scan": lambda w: {"scores": w.scores, "out": w.new()},
-    "write_sinks": lambda w: {"sinks": w.sinks, "anatomy": w.result("sink_anatomy"), "out": w.new()},
-    "write_trace": lambda w: {
-        "trace": w.result("trace_sinks"), "out": w.new(), "planted": w.result("plant_sinks"),
-        "neurons": w.result("writer_neurons"), "scores": w.scores,
+    "find.write_scan": lambda w: {"scores": w.scores, "out": w.new()},
+    "find.write_sinks": lambda w: {"sinks": w.sinks, "anatomy": w.result("sink_anatomy"), "out": w.new()},
+    "trace.write_trace": lambda w: {
+        "trace": w.result("trace_sinks"), "out": w.new(), "planted": w.result("trace.plant_sinks"),
+        "neurons": w.result("trace.writer_neurons"), "scores": w.scores,
     },
-    "writer_alignment": lambda w: {"trace": w.made},
-    "writer_neurons": lambda w: {"model": w.model, "trace": w.made, "top": (1,), "n_random": 1} | _quiet,
-    "writer_subspace": lambda w: {"model": w.model, "trace": w.many, "sizes": (1,), "n_random": 1} | _quiet,
+    "trace.writer_alignment": lambda w: {"trace": w.made},
+    "trace.writer_neurons": lambda w: {"model": w.model, "trace": w.made, "top": (1,), "n_random": 1} | _quiet,
+    "trace.writer_subspace": lambda w: {"model": w.model, "trace": w.many, "sizes": (1,), "n_random": 1} | _quiet,
     "streaming.eviction_study": lambda w: {
         "model": w.model, "tokens": w.tokens, "recent": [8], "first": [1], "sinks": w.sinks
     } | _quiet,
     "streaming.streaming_attention": lambda w: {"model": w.model, "sinks": 2, "recent": 8},
     "streaming.streaming_loss": lambda w: {"model": w.model, "tokens": w.tokens, "sinks": 2, "recent": 8} | _quiet,
     "streaming.write_streaming": lambda w: {"found": w.result("streaming.eviction_study"), "out": w.new()},
+    "load": lambda w: {"path": w.tokens.save(w.new(".safetensors"))},
+    "reproductions.verdict": lambda w: {
+        "claim": next(iter(sl.reproductions.CATALOGUE.values())).claims[0], "quantity": None,
+        "subject": subject_of(w.model, "tiny"),
+        "reason": "not measured"
+    },
+    "models.untrained_twin": lambda w: {"model": w.model},
     "lab.compare": lambda w: {"runs": w.runs},
     "lab.load_lab_model": lambda w: {"path": next(w.runs.rglob("*.safetensors"))},
     "lab.load_runs": lambda w: {"folder": w.runs},
@@ -389,12 +400,5 @@ def used(found: Any, model: Any, world: World) -> Any:
     return found
 
 
-PUBLIC = sorted(
-    [name for name in sl.__all__ if not inspect.isclass(getattr(sl, name))]
-    + [f"streaming.{name}" for name in streaming.__all__ if not inspect.isclass(getattr(streaming, name))]
-    + [f"lab.{name}" for name in lab.__all__ if inspect.isfunction(getattr(lab, name))]
-    + [f"sweep.{name}" for name in sweep.__all__ if inspect.isfunction(getattr(sweep, name))]
-)
-
-
+PUBLIC = sorted(FUNCTIONS)
 WRITERS = [name for name in PUBLIC if name.rpartition(".")[2].startswith("write_") and name != "lab.write_tokens"]

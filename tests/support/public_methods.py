@@ -12,38 +12,38 @@ from collections.abc import Callable
 from typing import Any
 
 from public_calls import Arguments, World
+from public_names import CLASSES, named
 
 import sinklens as sl
-from sinklens import lab, streaming, sweep
 
 OBJECTS: dict[str, Callable[[World], Any]] = {
-    "Anatomy": lambda w: w.result("sink_anatomy"),
-    "AttentionStatistics": lambda w: w.result("attention_statistics"),
-    "BosVariants": lambda w: w.result("bos_variants"),
-    "Collapse": lambda w: w.result("measure_collapse"),
-    "Experiment": lambda w: w.result("run_experiment"),
-    "HeadActivity": lambda w: w.result("head_activity"),
-    "Hooks": lambda w: w.hooks,
-    "Images": lambda w: w.images,
-    "Mixing": lambda w: w.result("measure_mixing"),
-    "MixingComparison": lambda w: w.result("compare_mixing"),
-    "NamedTokens": lambda w: w.result("named_tokens"),
-    "Neurons": lambda w: w.result("writer_neurons"),
-    "PathSums": lambda w: w.result("path_sums"),
-    "Perturbation": lambda w: w.result("perturbation_spread"),
-    "Registers": lambda w: w.result("register_tokens"),
-    "Reproductions": lambda w: w.result("reproduce"),
-    "SelfTest": lambda w: w.result("check_model"),
-    "SinkDecomposition": lambda w: w.result("decompose_sinks"),
+    "find.Anatomy": lambda w: w.result("sink_anatomy"),
+    "heads.AttentionStatistics": lambda w: w.result("heads.attention_statistics"),
+    "experiment.BosVariants": lambda w: w.result("experiment.bos_variants"),
+    "mixing.Collapse": lambda w: w.result("mixing.measure_collapse"),
+    "experiment.Experiment": lambda w: w.result("run_experiment"),
+    "heads.HeadActivity": lambda w: w.result("heads.head_activity"),
+    "ablate.Hooks": lambda w: w.hooks,
+    "inputs.Images": lambda w: w.images,
+    "mixing.Mixing": lambda w: w.result("measure_mixing"),
+    "mixing.MixingComparison": lambda w: w.result("compare_mixing"),
+    "inputs.NamedTokens": lambda w: w.result("inputs.named_tokens"),
+    "trace.Neurons": lambda w: w.result("trace.writer_neurons"),
+    "mixing.PathSums": lambda w: w.result("mixing.path_sums"),
+    "mixing.Perturbation": lambda w: w.result("mixing.perturbation_spread"),
+    "find.Registers": lambda w: w.result("find.register_tokens"),
+    "reproductions.Reproductions": lambda w: w.result("reproduce"),
+    "check.SelfTest": lambda w: w.result("check_model"),
+    "decompose.SinkDecomposition": lambda w: w.result("decompose_sinks"),
     "SinkMap": lambda w: w.sinks,
     "SinkScores": lambda w: w.scores,
-    "SinkTrace": lambda w: w.made,
-    "Sweep": lambda w: w.result("sweep_ablation"),
-    "Thresholds": lambda w: sl.find.Thresholds(),
-    "TokenView": lambda w: w.result("attention_view"),
+    "trace.SinkTrace": lambda w: w.made,
+    "experiment.Sweep": lambda w: w.result("sweep_ablation"),
+    "find.Thresholds": lambda w: sl.find.Thresholds(),
+    "heads.TokenView": lambda w: w.result("heads.attention_view"),
     "Tokens": lambda w: w.tokens,
-    "TwoByTwo": lambda w: next(iter(w.result("decompose_sinks").effects.values())),
-    "Verdict": lambda w: w.result("norm_and_mass"),
+    "decompose.TwoByTwo": lambda w: next(iter(w.result("decompose_sinks").effects.values())),
+    "trace.Verdict": lambda w: w.result("trace.norm_and_mass"),
     "streaming.EvictionStudy": lambda w: w.result("streaming.eviction_study"),
     "streaming.StreamingLoss": lambda w: w.result("streaming.streaming_loss"),
     "lab.LabComparison": lambda w: w.result("lab.compare"),
@@ -52,38 +52,39 @@ OBJECTS: dict[str, Callable[[World], Any]] = {
 
 # Public classes that are no results: parts of a running model, tasks, specifications, executors.
 NO_RESULTS = {
-    "Claims", "Flash", "PlainModel", "lab.Backcopy", "lab.Batch", "lab.BigramBackcopy", "lab.LabAttention",
-    "lab.LabModel", "lab.Recall", "lab.Text", "lab.TrainConfig", "lab.Training", "sweep.Job", "sweep.RayExecutor",
+    "decompose.Claims", "Flash", "models.PlainModel", "lab.Backcopy", "lab.Batch", "lab.BigramBackcopy",
+    "lab.LabAttention", "lab.LabModel",
+    "lab.Recall", "lab.Text", "lab.TrainConfig", "lab.Training", "sweep.Job", "sweep.RayExecutor",
     "sweep.SubmititExecutor", "sweep.TextSpec",
 }  # fmt: skip
 INNER = ("from_parts",)  # takes what the same version's ``parts`` gave
 
 GIVEN: dict[str, Callable[[World], Arguments]] = {
-    "BosVariants.losses": lambda w: {"model": w.model},
-    "BosVariants.to_dataframe": lambda w: {"model": w.model},
-    "Experiment.change": lambda w: {"metric": "loss", "label": "gone"},
-    "Experiment.index": lambda w: {"label": "gone"},
-    "Hooks.at": lambda w: {"positions": [1]},
-    "Hooks.note": lambda w: {"text": "a note"},
-    "Images.__getitem__": lambda w: {"index": 0},
-    "Images.aligned": lambda w: {"columns": w.images.ids.shape[1]},
-    "Images.concatenate": lambda w: {"parts": [w.images, w.images]},
-    "Images.first": lambda w: {"columns": w.images.ids.shape[1]},
-    "Images.pad": lambda w: {"side": "left", "columns": 0},
-    "Images.patches": lambda w: {"values": w.seen.alpha},
-    "Images.row": lambda w: {"sequence": 0},
-    "Images.to": lambda w: {"device": "cpu"},
-    "MixingComparison.__getitem__": lambda w: {"label": "gone"},
-    "NamedTokens.__call__": lambda w: {"ids": w.tokens.ids},
-    "Perturbation.by_swap": lambda w: {"changes": w.result("perturbation_spread").relative},
-    "SelfTest.__getitem__": lambda w: {"function": "sink_scores"},
-    "SinkDecomposition.number": lambda w: {"name": "mass"},
+    "experiment.BosVariants.losses": lambda w: {"model": w.model},
+    "experiment.BosVariants.to_dataframe": lambda w: {"model": w.model},
+    "experiment.Experiment.change": lambda w: {"metric": "loss", "label": "gone"},
+    "experiment.Experiment.index": lambda w: {"label": "gone"},
+    "ablate.Hooks.at": lambda w: {"positions": [1]},
+    "ablate.Hooks.note": lambda w: {"text": "a note"},
+    "inputs.Images.__getitem__": lambda w: {"index": 0},
+    "inputs.Images.aligned": lambda w: {"columns": w.images.ids.shape[1]},
+    "inputs.Images.concatenate": lambda w: {"parts": [w.images, w.images]},
+    "inputs.Images.first": lambda w: {"columns": w.images.ids.shape[1]},
+    "inputs.Images.pad": lambda w: {"side": "left", "columns": 0},
+    "inputs.Images.patches": lambda w: {"values": w.seen.alpha},
+    "inputs.Images.row": lambda w: {"sequence": 0},
+    "inputs.Images.to": lambda w: {"device": "cpu"},
+    "mixing.MixingComparison.__getitem__": lambda w: {"label": "gone"},
+    "inputs.NamedTokens.__call__": lambda w: {"ids": w.tokens.ids},
+    "mixing.Perturbation.by_swap": lambda w: {"changes": w.result("mixing.perturbation_spread").relative},
+    "check.SelfTest.__getitem__": lambda w: {"function": "sink_scores"},
+    "decompose.SinkDecomposition.number": lambda w: {"name": "mass"},
     "SinkMap.cut": lambda w: {"sequences": [0], "columns": 50},
     "SinkScores.concatenate": lambda w: {"parts": [w.scores, w.scores]},
-    "SinkTrace.part": lambda w: {"documents": [0]},
-    "Thresholds.end_slack": lambda w: {"n_layers": 2},
-    "Thresholds.onset_slack": lambda w: {"n_layers": 2},
-    "Thresholds.shortest_life": lambda w: {"n_layers": 2},
+    "trace.SinkTrace.part": lambda w: {"documents": [0]},
+    "find.Thresholds.end_slack": lambda w: {"n_layers": 2},
+    "find.Thresholds.onset_slack": lambda w: {"n_layers": 2},
+    "find.Thresholds.shortest_life": lambda w: {"n_layers": 2},
     "Tokens.__getitem__": lambda w: {"index": 0},
     "Tokens.aligned": lambda w: {"columns": 60},
     "Tokens.concatenate": lambda w: {"parts": [w.tokens, w.tokens]},
@@ -91,8 +92,8 @@ GIVEN: dict[str, Callable[[World], Arguments]] = {
     "Tokens.pad": lambda w: {"side": "left", "columns": 3},
     "Tokens.row": lambda w: {"sequence": 0},
     "Tokens.to": lambda w: {"device": "cpu"},
-    "TwoByTwo.part": lambda w: {"metric": "loss", "name": "mass_part"},
-    "Verdict.number": lambda w: {"quantity": w.result("norm_and_mass").numbers.quantity[0]},
+    "decompose.TwoByTwo.part": lambda w: {"metric": "loss", "name": "mass_part"},
+    "trace.Verdict.number": lambda w: {"quantity": w.result("trace.norm_and_mass").numbers.quantity[0]},
     "streaming.EvictionStudy.concatenate": lambda w: {"parts": [w.result("streaming.eviction_study")] * 2},
     "sweep.SweepResults.plot": lambda w: {"value": "loss"},
     "sweep.SweepResults.save": lambda w: {"path": w.new(".csv")},
@@ -101,13 +102,11 @@ GIVEN: dict[str, Callable[[World], Arguments]] = {
 
 def class_of(name: str) -> type:
     """The public class of a name with its module."""
-    module, _, last = name.rpartition(".")
-    return getattr({"": sl, "streaming": streaming, "lab": lab, "sweep": sweep}[module], last)
+    return named(name)
 
 
 def _names() -> list[str]:
-    modules = (("", sl), ("streaming.", streaming), ("lab.", lab), ("sweep.", sweep))
-    return [f"{at}{n}" for at, module in modules for n in module.__all__ if inspect.isclass(getattr(module, n))]
+    return [name for name in CLASSES if not name.startswith("reproductions.") or name in OBJECTS]
 
 
 def _arguments(kind: type, name: str) -> list[inspect.Parameter]:
