@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from places import ROOT
+from public_names import ROOMS
 
 DOCS = ROOT / "docs"
-MODULES = {"sl": "sinklens", "lab": "sinklens.lab", "streaming": "sinklens.streaming", "sweep": "sinklens.sweep"}
+BARE = {"sl": "sinklens"} | {room: f"sinklens.{room}" for room in ("lab", "streaming", "sweep")}  # as pages import them
 
 
 def blocks(path: Path) -> list[str]:
@@ -25,9 +26,9 @@ def unknown_names(code: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(code)):
         target = node.func if isinstance(node, ast.Call) else node
-        if not (isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name)):
+        if not isinstance(target, ast.Attribute):
             continue
-        module = MODULES.get(target.value.id)
+        module = _module(target.value)
         if module is None:
             continue
         if target.attr not in import_module(module).__all__:
@@ -35,6 +36,14 @@ def unknown_names(code: str) -> list[str]:
         elif isinstance(node, ast.Call):
             found += _wrong_keywords(getattr(import_module(module), target.attr), node)
     return found
+
+
+def _module(value: ast.expr) -> str | None:
+    """The module that ``sl``, ``sl.trace`` or an imported ``lab`` stands for."""
+    if isinstance(value, ast.Name):
+        return BARE.get(value.id)
+    inside = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "sl"
+    return f"sinklens.{value.attr}" if inside and value.attr in ROOMS else None
 
 
 def _wrong_keywords(function: Any, call: ast.Call) -> list[str]:
