@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 
 from places import ROOT, SUPPORT
 from public_names import CLASSES, FUNCTIONS
@@ -26,10 +27,10 @@ def test_every_row_promises_something_and_names_a_test() -> None:
         assert re.search(r"`tests/[\w/]+\.py::test_\w+`", row[4]), row
 
 
-def shared(source: str) -> str:
+def shared(text: str) -> str:
     """The definitions in tests/support that a file imports by name."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.ImportFrom):
             continue
         path = SUPPORT / f"{node.module}.py"
@@ -44,11 +45,16 @@ def shared(source: str) -> str:
     return "\n".join(found)
 
 
+@cache
+def source(path: str) -> str:
+    """A test file, with what it imports of tests/support."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return f"{text}\n{shared(text)}"
+
+
 def sources(cell: str) -> str:
-    """The files of the tests that a cell names, with what they import of tests/support."""
-    paths = re.findall(r"`(tests/[\w/]+\.py)::", cell)
-    texts = [(ROOT / path).read_text(encoding="utf-8") for path in paths]
-    return "\n".join([*texts, *map(shared, texts)])
+    """The files of the tests that a cell names."""
+    return "\n".join(map(source, re.findall(r"`(tests/[\w/]+\.py)::", cell)))
 
 
 def test_every_row_says_how_exactly() -> None:
