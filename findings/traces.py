@@ -1,7 +1,7 @@
-"""Measure the fourth part of docs/findings.md: who writes sinks, and the five claims about secondary ones.
+"""Measure docs/findings/traces.md: who writes sinks, and the five claims about secondary ones.
 
-    python docs/make_traces.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
-    python docs/make_traces.py write STORE         # tables from all finished pieces
+    python findings/traces.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
+    python findings/traces.py write STORE         # tables from all finished pieces
 
 The first 512 tokens of every document of python-docs that has at least 64; one secondary sink per document is proven by
 replacement. Rules are taken from one half of the documents and judged on the other; the halves hold equally many
@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import between, command_line, put, table
+from tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -129,10 +129,10 @@ def long_texts(model: TransformerBridge) -> pd.DataFrame:
 
 
 def write(store: Path) -> None:
-    """Put the tables of all finished pieces into docs/findings.md, behind the decompositions."""
+    """Write the tables of all finished pieces to docs/findings/traces.md."""
     parts = [
         "# Who writes sinks",
-        f"Written by `python docs/make_traces.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
+        f"Written by `python findings/traces.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
         f"tokens of every document of `python-docs` that has at least {SHORTEST}, one chunk each; intervals: 95 % over "
         "documents. One secondary sink per document was proven by replacement and rescaled; claims 1 and 2 take the "
         "MLP with the largest share. Both halves of the documents are shown (equally many with a secondary sink in "

@@ -1,7 +1,7 @@
-"""Measure the second part of docs/findings.md: what breaks when sinks are ablated, beside controls.
+"""Measure docs/findings/interventions.md: what breaks when sinks are ablated, beside controls.
 
-    python docs/make_interventions.py run MODEL STORE     # hours; every finished sequence is kept in the folder STORE
-    python docs/make_interventions.py write STORE         # tables from all finished experiments
+    python findings/interventions.py run MODEL STORE     # hours; every finished sequence is kept in the folder STORE
+    python findings/interventions.py write STORE         # tables from all finished experiments
 
 Every document of python-docs with at least 256 tokens, the first 512 of each. At most 128 predictions per document are
 scored, the same in every run.
@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import command_line, put
+from tools import command_line, put
 
 import sinklens as sl
 
@@ -186,10 +186,10 @@ def side_effects(experiment: sl.Experiment) -> str:
 
 
 def write(store: Path) -> None:
-    """Put the tables of all finished experiments into docs/findings.md."""
+    """Write the tables of all finished experiments to docs/findings/interventions.md."""
     parts = [
         "# What breaks without sinks",
-        f"Written by `python docs/make_interventions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
+        f"Written by `python findings/interventions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
         f"of `python-docs` with at least 256 tokens, the first 512 of each; at most {SCORED} predictions per document "
         "are scored, none at a sink, at an edited token or at a control's token, the same in every run of a table. "
         "Intervals: 95 % bootstrap-t over documents. The models are 4-bit GGUF weights, dequantised. *Beyond the "

@@ -1,7 +1,7 @@
-"""Measure the lab's part of docs/findings.md: sinks that grow, or do not, under different attention.
+"""Measure docs/findings/lab.md: sinks that grow, or do not, under different attention.
 
-    python docs/make_lab.py run STORE       # about half a CPU hour; every finished run is kept in the folder STORE
-    python docs/make_lab.py write STORE     # tables and the figure from all finished runs
+    python findings/lab.py run STORE       # about half a CPU hour; every finished run is kept in the folder STORE
+    python findings/lab.py write STORE     # tables and the figure from all finished runs
 
 The studies are those that come with the package, three seeds each (``sinklens lab run operations`` makes the same).
 """
@@ -13,12 +13,12 @@ from datetime import date
 from pathlib import Path
 
 import pandas as pd
-from findings_tools import put, table
+from tools import DOCS, put, table
 
 from sinklens import lab
 
 STUDIES = ("operations", "bos", "race", "locked", "mechanisms")
-FIGURE = Path(__file__).parent / "images" / "lab_emergence.png"
+FIGURE = DOCS / "images" / "lab_emergence.png"
 
 
 def comparison(store: Path, name: str) -> lab.LabComparison | None:
@@ -179,7 +179,7 @@ def write(store: Path) -> None:
     parts = [
         "# Sinks that grow in the lab",
         f"Models of 50,000 parameters trained from scratch on synthetic tasks with exact floors, three seeds each "
-        f"(`python docs/make_lab.py`, {date.today().isoformat()}). AdamW, 300 steps (value drain: 500) of 32 "
+        f"(`python findings/lab.py`, {date.today().isoformat()}). AdamW, 300 steps (value drain: 500) of 32 "
         "sequences of 64 "
         f"tokens, on one CPU thread.",
     ]
@@ -193,7 +193,7 @@ def write(store: Path) -> None:
             lab.compare([run for run in found.runs if run.config.name in shown]).plot().write_image(
                 FIGURE, width=1100, height=460, scale=2
             )
-            parts.append(f"![Loss above the floor and sink rate against training steps](images/{FIGURE.name})")
+            parts.append(f"![Loss above the floor and sink rate against training steps](../images/{FIGURE.name})")
     put("lab", parts)
 
 

@@ -1,17 +1,16 @@
-"""Simulate how often intervals over documents hold the true mean; write docs/interval_coverage.md."""
+"""Simulate docs/findings/interval_coverage.md: how often intervals over documents hold the true mean."""
 
 from __future__ import annotations
 
 import math
-import sys
 from datetime import date
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import bootstrap, t
+from tools import find_tests, put
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+find_tests()
 
 from test_interval_coverage import DISTRIBUTIONS  # noqa: E402
 
@@ -97,7 +96,7 @@ def main() -> None:
     lines = [
         "# How often intervals hold the truth",
         "",
-        f"Written by `python docs/make_coverage.py` on {date.today()}, sinklens {sinklens.__version__}. {RUNS} "
+        f"Written by `python findings/interval_coverage.py` on {date.today()}, sinklens {sinklens.__version__}. {RUNS} "
         f"simulated samples per row, {RESAMPLES} resamples each; a share near 0.95 errs by {error:.3f} (one "
         "standard error).",
         "",
@@ -129,7 +128,7 @@ def main() -> None:
         *ranks(),
         "",
     ]
-    (Path(__file__).parent / "interval_coverage.md").write_text("\n".join(lines), encoding="utf-8")
+    put("interval_coverage", ["\n".join(lines).rstrip()])
 
 
 if __name__ == "__main__":

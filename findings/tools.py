@@ -1,8 +1,9 @@
-"""What the scripts that measure docs/findings.md share: its sections, its tables, their command line."""
+"""What the scripts that measure docs/findings/ share: a page, its tables, their command line."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,18 @@ import pandas as pd
 
 from sinklens.results import write_text
 
-SECTIONS = ("interventions", "decompositions", "traces", "mixing", "lab", "images", "streaming")  # in the page's order
-MARKS = tuple(f"<!-- {name} -->" for name in SECTIONS)
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
-def put(section: str, parts: Sequence[str]) -> None:
-    """Replace one section of docs/findings.md and leave the others as they are."""
-    mark = MARKS[SECTIONS.index(section)]
-    page = Path(__file__).parent / "findings.md"
-    text = page.read_text(encoding="utf-8")
-    sections = {"": text}
-    for name in MARKS:
-        last = next(reversed(sections))
-        before, found, after = sections[last].partition(name)
-        if found:
-            sections[last], sections[name] = before, after
-    sections[mark] = "\n\n" + "\n\n".join(parts)
-    whole = [sections[""].rstrip()]
-    whole += [f"{name}\n\n{sections[name].strip()}" for name in MARKS if name in sections]
-    write_text(page, "\n\n".join(whole) + "\n")
+def find_tests() -> None:
+    """Let the tests be imported by name, whichever folder they lie in."""
+    sys.path += sorted({str(path.parent) for path in (ROOT / "tests").rglob("*.py")})
+
+
+def put(topic: str, parts: Sequence[str]) -> None:
+    """Write the page of a topic."""
+    write_text(DOCS / "findings" / f"{topic}.md", "\n\n".join(parts) + "\n")
 
 
 def table(frame: pd.DataFrame) -> str:

@@ -1,6 +1,6 @@
-"""Measure docs/findings.md: the sinks of the embedded decoders on every document of python-docs.
+"""Measure docs/findings/sinks.md: the sinks of the embedded decoders on every document of python-docs.
 
-    python docs/make_findings.py [--wong FILE.jsonl ...]
+    python findings/sinks.py [--wong FILE.jsonl ...]
 
 ``--wong`` takes the layer lists that Wong et al. released (one JSON object per sample, key ``candidate_sinks``), and
 adds what the published level and label rules make of them.
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from tools import put
 
 import sinklens as sl
 from sinklens.residuals import wong_label, wong_level
-from sinklens.results import write_text
 from sinklens.sinks import from_scores
 
 DECODERS = ("smollm2-135m", "gemma3-270m")
@@ -131,7 +131,7 @@ def main() -> None:
         measured = list(pool.map(decoder, DECODERS))
     parts = [
         "# Findings: which sinks the embedded models have",
-        f"Written by `python docs/make_findings.py` on {date.today()}, sinklens {sl.__version__}. Every document of "
+        f"Written by `python findings/sinks.py` on {date.today()}, sinklens {sl.__version__}. Every document of "
         "`python-docs` with at least 256 tokens, the first 512 of each. The decoders are 4-bit GGUF weights, "
         "dequantised; the text is technical prose, so counts are this corpus's. Detection is correlational.",
         *measured,
@@ -146,9 +146,7 @@ def main() -> None:
             '## The released layer lists of Wong et al. 2025\n\nTheir level and label rules, as `method="wong"` '
             "applies them, on the authors' own detections:\n\n" + rows
         )
-    page = Path(__file__).parent / "findings.md"
-    _, mark, second = page.read_text(encoding="utf-8").partition("<!-- interventions -->")  # make_interventions.py's
-    write_text(page, "\n\n".join(parts) + "\n" + (f"\n{mark}{second}" if mark else ""))
+    put("sinks", parts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measure the fifth part of docs/findings.md: what sinks do to mixing.
+"""Measure docs/findings/mixing.md: what sinks do to mixing.
 
-    python docs/make_mixing.py run MODEL STORE     # about two hours; every finished piece is kept in the folder
-    python docs/make_mixing.py write STORE         # tables from all finished pieces
+    python findings/mixing.py run MODEL STORE     # about two hours; every finished piece is kept in the folder
+    python findings/mixing.py write STORE         # tables from all finished pieces
 
 Prefixes of 16 documents of python-docs that hold a secondary sink early; sinks as found in 512 tokens of each.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import between, command_line, put, table
+from tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -140,10 +140,10 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
 
 
 def write(store: Path) -> None:
-    """Put the tables of all finished pieces into docs/findings.md, behind the traces."""
+    """Write the tables of all finished pieces to docs/findings/mixing.md."""
     parts = [
         "# Sinks and mixing",
-        f"Written by `python docs/make_mixing.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
+        f"Written by `python findings/mixing.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
         f"tokens of {DOCUMENTS} documents of `python-docs`, {PROBES} probes, unless said otherwise; intervals: 95 % "
         "over documents (they contain the probes' error). S: the sinks found in 512 tokens of each document, the same "
         "in every condition. Ratios are paired: the mean of log(edited / base) over documents, as a factor. *Noise* "

