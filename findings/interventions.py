@@ -161,7 +161,7 @@ def in_words(experiment: sl.Experiment) -> str:
         if not row["control"]:
             if row["d_loss_low"] <= 0 <= row["d_loss_high"]:
                 absent.append(row["label"])
-            elif abs(row["d_loss"]) < SMALL:
+            elif row["d_loss_low"] == row["d_loss_low"] and abs(row["d_loss"]) < SMALL:  # NaN: too few documents
                 small.append(f"{row['label']} ({row['d_loss']:+.3f})")
         elif row["beyond_high"] < 0:
             weaker.append(f"{row['label']} against {row['control']}")

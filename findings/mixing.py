@@ -122,11 +122,11 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         if len(sinks.secondary):
             made["without secondary sinks"] = sl.ablate_sinks(model, sinks.secondary)
         made[FIRST] = sl.ablate_sinks(model, [0])
-        wanted = {"without the primary": ("noise",), FIRST: ("noise",)}
-        costs = [float(sl.token_loss(model, sinks.tokens, hooks=made[label]).nanmean()) for label in wanted]
+        damaged = {"without the primary": ("noise",), FIRST: ("noise",)}
+        costs = [float(sl.token_loss(model, sinks.tokens, hooks=made[label]).nanmean()) for label in damaged]
         if abs(costs[0] - costs[1]) < 1e-3:  # one and the same edit, where the first token is the only sink
-            del wanted[FIRST]
-        made |= controls(model, sinks.tokens, made, wanted)
+            del damaged[FIRST]
+        made |= controls(model, sinks.tokens, made, damaged)
         sl.measure_collapse(model, sinks.tokens, made, sinks=sinks).save(path)
     if path := due("bound", "parquet"):
         documents, length = BOUND

@@ -70,7 +70,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         write_text(path("subspace"), "done")
     if due("planted"):
         chosen = causal_sequences(sinks)[:16]
-        trace = sl.SinkTrace.load(path("trace")).part({tokens.documents[b] for b in chosen})
+        trace = sl.SinkTrace.load(path("trace")).part(sorted({tokens.documents[b] for b in chosen}))
         first = {(one.sequence, one.kind): one.sink for one in reversed(trace.traced)}
         kept = [o for o in trace.traced if o.sink in first.values() and o.kind == "secondary" and o.sequence in chosen]
         only = sl.SinkTrace(tuple(kept), (), trace.sinks, trace.tokens, (), (), trace.info)
