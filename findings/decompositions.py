@@ -2,6 +2,7 @@
 
     python findings/decompositions.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
     python findings/decompositions.py write STORE         # tables from all finished pieces
+    python findings/decompositions.py --smoke
 
 The first 512 tokens of the first 24 documents of python-docs (of at least 256 tokens) that hold a sink of the kind;
 layers and heads one by one on the first 16 of them. At most 128 predictions per document are scored.
@@ -16,12 +17,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tools import DOCS, between, command_line, put, shown, table
+from tools import TINY, between, command_line, draw, put, shown, shrink, table
 
 import sinklens as sl
 
 MODELS = ("smollm2-135m", "gemma3-270m", "minilm-l6")
 KINDS = ("primary", "secondary")
+TEXTS: dict[str, Any] = {"seq_len": 512, "min_len": 256}
 SCORED = 128
 DOCUMENTS = 24
 FEW = 16
@@ -32,6 +34,11 @@ NUMBERS = (
     "bias_error", "mass", "written", "written_rest", "value_ratio", "off_manifold", "same_elsewhere", "residual_share",
     "logit_target", "logit_rms",
 )  # fmt: skip
+DRAWN = ".png"
+SMOKE = {
+    "MODELS": (TINY,), "TEXTS": {"n_seqs": 2, "seq_len": 72, "min_len": 72}, "SCORED": 4, "DOCUMENTS": 2, "FEW": 2,
+    "DRAWN": ".html",
+}  # fmt: skip
 
 
 def run(name: str, store: Path, wanted: list[str]) -> None:
@@ -39,7 +46,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     warnings.simplefilter("ignore", sl.SinklensWarning)
     torch.set_num_threads(1)
     model = sl.load_model(name)
-    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+    tokens = sl.load_tokens(model, "python-docs", **TEXTS)
     sinks = sl.find_sinks(model, tokens)
 
     def piece_of(kind: str, most: int, **options: Any) -> sl.SinkDecomposition:
@@ -142,7 +149,7 @@ def one_by_one(found: sl.SinkDecomposition) -> str:
     return "\n".join(lines)
 
 
-def write(store: Path) -> None:
+def write(store: Path, docs: Path) -> None:
     """Write the tables of all finished pieces to docs/findings/decompositions.md."""
     parts = [
         "# Sinks taken apart",
@@ -177,11 +184,11 @@ def write(store: Path) -> None:
                 found = sl.SinkDecomposition.load(path)
                 parts += [f"### {name}: {scope} one by one", one_by_one(found)]
                 if scope == "heads" and "loss" in found.effects["head"].values:
-                    image = f"images/plane-{name}.png"
-                    found.plot("plane").write_image(DOCS / image, width=900, height=560)
+                    image = f"images/plane-{name}{DRAWN}"
+                    draw(found.plot("plane"), docs / image, width=900, height=560)
                     parts.append(f"![Mass part against value part of every head of {name}](../{image})")
-    put("decompositions", parts)
+    put("decompositions", parts, docs)
 
 
 if __name__ == "__main__":
-    command_line(__doc__, MODELS, [*KINDS, "heads", "layers"], run, write)
+    command_line(__doc__, MODELS, [*KINDS, "heads", "layers"], run, write, lambda: shrink(globals(), SMOKE))

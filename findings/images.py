@@ -1,17 +1,22 @@
 """Measure docs/findings/pictures.md, and draw docs/images/attention.png.
 
-    python findings/images.py
+    python findings/images.py [--smoke]
 
 DINOv2-small on the three photographs of scikit-image's wheel; needs ``sinklens[images,export]``.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
+import tempfile
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from PIL import Image
-from tools import DOCS, put, table
+from tools import DOCS, HELP, draw, put, table
 
 import sinklens as sl
 from sinklens.residuals import block_inputs
@@ -58,10 +63,45 @@ def strongest(model: sl.PlainModel, images: sl.Images, scores: sl.SinkScores) ->
     return pd.DataFrame(rows)
 
 
+def loaded(name: str | Path) -> sl.PlainModel:
+    """A model that reads images."""
+    model = sl.load_model(name)
+    assert isinstance(model, sl.PlainModel)
+    return model
+
+
+def tiny_dinov2(folder: Path) -> sl.PlainModel:
+    """A random one of as many layers, from files like the real one."""
+    import torch
+    import transformers as tf
+
+    torch.manual_seed(0)
+    shape = tf.Dinov2Config(
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=12, image_size=36, patch_size=4, mlp_ratio=2
+    )
+    tf.Dinov2Model(shape).save_pretrained(folder)
+    return loaded(folder)
+
+
 def main() -> None:
     """Measure, write, draw."""
-    model = sl.load_model("dinov2-s")
-    images = sl.load_images(model, sl.sample_images())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help=HELP)
+    if not parser.parse_args().smoke:
+        model = loaded("dinov2-s")
+        figure = measure(model, sl.load_images(model, sl.sample_images()), DOCS)
+        drawn = Image.open(io.BytesIO(figure.to_image("png"))).convert("RGB")
+        drawn.quantize(128).save(DOCS / "images" / "attention.png", optimize=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_dinov2(Path(folder) / "model")
+        noise = np.random.default_rng(0).integers(0, 256, (2, 36, 36, 3), dtype=np.uint8)
+        figure = measure(model, sl.load_images(model, list(noise)), Path(folder))
+        draw(figure, Path(folder) / "attention.html")
+
+
+def measure(model: sl.PlainModel, images: sl.Images, docs: Path) -> Any:
+    """Write the page; gives the figure."""
     scores = sl.sink_scores(model, images)
     registers = sl.register_tokens(model, images)
     sinks = sl.find_sinks(model, images, scores=scores)
@@ -82,9 +122,9 @@ def main() -> None:
             table(strongest(model, images, scores)),
             "## Sinks by far importance\n\n" + (table(found) if len(found) else "None."),
         ],
+        docs,
     )
-    drawn = scores.plot_image(1, layers=[0, 2, 4, 6, 8, 10, 11]).to_image("png")
-    Image.open(io.BytesIO(drawn)).convert("RGB").quantize(128).save(DOCS / "images" / "attention.png", optimize=True)
+    return scores.plot_image(1, layers=[0, 2, 4, 6, 8, 10, 11])
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import tempfile
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import bootstrap, t
-from tools import find_tests, put
+from tools import DOCS, HELP, find_tests, put, shrink
 
 find_tests()
 
@@ -20,6 +23,7 @@ from sinklens.statistics import interval, rank_correlation  # noqa: E402
 
 RUNS, RESAMPLES, SIZES = 2000, 999, (16, 24, 50)
 PROBES, NORMS, RANK_RUNS = 16, 20_000, 200
+SMOKE = {"RUNS": 2, "RESAMPLES": 99, "SIZES": (16,), "NORMS": 100, "RANK_RUNS": 1}
 
 
 def bca(sample: np.ndarray, seed: int) -> tuple[float, float]:
@@ -91,6 +95,18 @@ def ranks() -> list[str]:
 
 
 def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help=HELP)
+    if not parser.parse_args().smoke:
+        measure(DOCS)
+        return
+    shrink(globals(), SMOKE)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(Path(folder))
+
+
+def measure(docs: Path) -> None:
     """Write the page."""
     error = math.sqrt(0.95 * 0.05 / RUNS)
     lines = [
@@ -128,7 +144,7 @@ def main() -> None:
         *ranks(),
         "",
     ]
-    put("interval_coverage", ["\n".join(lines).rstrip()])
+    put("interval_coverage", ["\n".join(lines).rstrip()], docs)
 
 
 if __name__ == "__main__":

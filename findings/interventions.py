@@ -2,6 +2,7 @@
 
     python findings/interventions.py run MODEL STORE     # hours; every finished sequence is kept in the folder STORE
     python findings/interventions.py write STORE         # tables from all finished experiments
+    python findings/interventions.py --smoke
 
 Every document of python-docs with at least 256 tokens, the first 512 of each. At most 128 predictions per document are
 scored, the same in every run.
@@ -17,15 +18,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tools import command_line, put
+from tools import TINY, command_line, put, shrink
 
 import sinklens as sl
 
 DECODERS = ("smollm2-135m", "gemma3-270m")
 ALL_CONTROLS = ("random", "recent", "same_id", "matched")
+TEXTS: dict[str, Any] = {"seq_len": 512, "min_len": 256}
 SCORED = 128
 SMALL = 0.03
 RECENT = (64, 256)
+SMOKE = {"DECODERS": (TINY,), "TEXTS": {"n_seqs": 2, "seq_len": 72, "min_len": 72}, "SCORED": 4, "RECENT": (16, 32)}
 
 
 def bands(n_layers: int) -> dict[str, range]:
@@ -106,7 +109,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     warnings.simplefilter("ignore", sl.SinklensWarning)
     torch.set_num_threads(1)
     model = sl.load_model(name)
-    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+    tokens = sl.load_tokens(model, "python-docs", **TEXTS)
     sinks = sl.find_sinks(model, tokens)
     for key in wanted or ["modes", "streaming", "massive", "bos", "kinds", "bands"]:
         if key == "bos":
@@ -185,7 +188,7 @@ def side_effects(experiment: sl.Experiment) -> str:
     return "\n".join(lines)
 
 
-def write(store: Path) -> None:
+def write(store: Path, docs: Path) -> None:
     """Write the tables of all finished experiments to docs/findings/interventions.md."""
     parts = [
         "# What breaks without sinks",
@@ -216,8 +219,8 @@ def write(store: Path) -> None:
                 if in_words(experiment):
                     parts.append(in_words(experiment))
                 parts.append(f"Side effects (means over layers and documents):\n\n{side_effects(experiment)}")
-    put("interventions", parts)
+    put("interventions", parts, docs)
 
 
 if __name__ == "__main__":
-    command_line(__doc__, DECODERS, ["bos", *EXPERIMENTS], run, write)
+    command_line(__doc__, DECODERS, ["bos", *EXPERIMENTS], run, write, lambda: shrink(globals(), SMOKE))
