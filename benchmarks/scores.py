@@ -76,7 +76,7 @@ def compare(
     for _ in range(rounds):
         for contender in contenders:
             command = [sys.executable, script, "--one", contender, "--model", name, "--tokens", str(length)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[contender].append(json.loads(done.stdout.splitlines()[-1]))
     return {c: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for c, runs in found.items()}
 

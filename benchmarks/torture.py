@@ -27,7 +27,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 NAMES = ("kills", "fuzz", "fuzz_files", "fuzz_methods", "cleanup", "safety")
 STAGES = 6
 COUNTS = ("kills survived", "cases fuzzed", "interruptions survived")
-ONE_OF_EACH = "a_scan_survives_kills or token_loss or broken_lines or every_class_with or names_that_become_folders"
+ONE_OF_EACH = "training_survives_kills or token_loss or broken_lines or every_class_with or names_that_become_folders"
 
 
 def run(options: argparse.Namespace, counts: Path) -> int:
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, counts: Path) -> int:
     given = {name: str(value) for name, value in sizes.items()} | {"SINKLENS_COUNTS": str(counts)}
     files = [str(path) for name in NAMES for path in sorted(TESTS.rglob(f"test_{name}.py"))]
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "--tb=short", "-k", options.only, *files]
-    return subprocess.run(command, env=os.environ | given, check=False).returncode
+    return subprocess.run(command, env=os.environ | given, cwd=counts.parent, check=False).returncode
 
 
 def kill_the_real_fetch(kills: int) -> int:
