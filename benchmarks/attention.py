@@ -1,7 +1,7 @@
 """What sink statistics and ablations cost beside a plain forward, from 512 to 8192 tokens.
 
     python benchmarks/attention.py [--model smollm2-135m] [--tokens 512 1024 2048] [--rounds 3] [--threads 1]
-                                   [--only NAME ...] [--json FILE]
+                                   [--only NAME ...] [--json FILE] [--smoke]
     python benchmarks/attention.py --draw FILE.json ... --out attention.png [--only NAME ...]
 
 Every contender runs in this process, in turn (A B C A B C); ratios of medians of CPU time, and the peak of resident
@@ -33,9 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import smoke
 import torch
 
-MODES = {
+MODES: dict[Any, Any] = {
     "renormalize": {},
     "zero": {},
     "value_only": {},
@@ -58,8 +59,9 @@ def contenders(name: str, length: int, cuda: bool) -> dict[str, Callable[[], Any
     from sinklens.attention.run import run_blocks
 
     plain, model = models(name, cuda)
-    ids = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0)).to(model.cfg.device)
-    few = torch.randint(3, 1000, (2, 128), generator=torch.Generator().manual_seed(1)).to(model.cfg.device)
+    most = min(1000, model.cfg.d_vocab)
+    ids = torch.randint(3, most, (1, length), generator=torch.Generator().manual_seed(0)).to(model.cfg.device)
+    few = torch.randint(3, most, (2, 128), generator=torch.Generator().manual_seed(1)).to(model.cfg.device)
     layers = range(model.cfg.n_layers)
 
     def base() -> None:
@@ -107,10 +109,10 @@ def models(name: str, cuda: bool) -> tuple[Any, Any]:
     import transformers as tf
 
     import sinklens as sl
-    from sinklens.models.fetch import fetch
 
     if not cuda:
-        plain = tf.AutoModelForCausalLM.from_pretrained(fetch(name), attn_implementation="sdpa").eval()
+        where = smoke.folder_of(name)
+        plain = tf.AutoModelForCausalLM.from_pretrained(where, attn_implementation="sdpa").eval()
         return plain, sl.load_model(name)
     config = tf.LlamaConfig(
         vocab_size=1024, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -154,6 +156,7 @@ def compare(name: str, length: int, rounds: int, only: list[str], cuda: bool) ->
     with torch.no_grad():
         runs = contenders(name, length, cuda)
         runs = {key: run for key, run in runs.items() if key == BASE or not only or any(o in key for o in only)}
+        gc.freeze()  # each measurement collects, which would take half a second over what the imports left
         found: dict[str, list[dict[str, float]]] = {key: [] for key in runs}
         for key in (BASE, "all columns") if length <= 2048 else (BASE,):
             runs[key]()  # warm up
@@ -199,7 +202,7 @@ def draw(files: list[Path], out: Path, only: list[str]) -> None:
 
 
 def main() -> None:
-    """Print the ratios."""
+    """Measure, or draw what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048])
@@ -210,10 +213,19 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--draw", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, default=Path("attention.png"))
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
     if options.draw:
         draw(options.draw, options.out, options.only)
         return
+    with smoke.small(options, tokens=[56, 64, 72], rounds=1, json=Path("costs.json")):
+        measure_all(options)
+        if options.smoke:
+            draw([options.json], Path("costs.html"), [])
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Print the ratios of every length."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     name = "Llama-8B's shape, random, bfloat16" if options.cuda else options.model

@@ -1,6 +1,6 @@
 """What the Jacobian map costs by probes beside dense forward mode: passes, CPU time and peak memory from one run.
 
-    python benchmarks/mixing.py [--model smollm2-135m] [--tokens 64] [--rounds 3]
+    python benchmarks/mixing.py [--model smollm2-135m] [--tokens 64] [--rounds 3] [--smoke]
 
 Each measurement is a process of its own, interleaved A B A B; medians are compared. Contenders:
 
@@ -15,6 +15,7 @@ import json
 import sys
 import time
 
+import smoke
 from scores import compare, peak, reset_peak, resident
 
 CONTENDERS = ("probed", "dense")
@@ -58,12 +59,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
     if options.one:
         found = measure(options.one, options.model, options.tokens)
         sys.stdout.write(json.dumps(found) + "\n")
         return
-    found = compare(options.model, options.tokens, options.rounds, CONTENDERS, script=__file__)
+    with smoke.small(options, tokens=16, rounds=1):
+        found = compare(options.model, options.tokens, options.rounds, CONTENDERS, script=__file__)
     cpu = found["dense"]["cpu"] / found["probed"]["cpu"]
     passes = found["dense"]["passes"] / found["probed"]["passes"]
     sys.stdout.write(f"{options.model}, {options.tokens} tokens, {PROBES} probes, {options.rounds} round(s)\n")

@@ -1,6 +1,6 @@
 """What a scan takes with a model's blocks on disk, beside the same scan in memory: peak memory, CPU and wall time.
 
-    python benchmarks/offload.py [--model smollm2-135m] [--tokens 512] [--rounds 3]
+    python benchmarks/offload.py [--model smollm2-135m] [--tokens 512] [--rounds 3] [--smoke]
 
 Each measurement is a process of its own, in turn; it loads the model and scores one sequence. Memory counts from after
 the imports; ``private`` leaves out pages of the weights' file, which the system may drop at any time.
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 import threading
 import time
 
-from scores import peak, reset_peak, resident
+import smoke
+from scores import compare, peak, reset_peak, resident
 
 CONTENDERS = ("memory", "disk")
 
@@ -33,10 +31,9 @@ def measure(contender: str, name: str, length: int) -> dict[str, float]:
     from transformers import AutoConfig
 
     import sinklens as sl
-    from sinklens.models.fetch import fetch
 
     torch.set_num_threads(1)
-    folder = fetch(name)
+    folder = smoke.folder_of(name)
     blocks = AutoConfig.from_pretrained(folder).num_hidden_layers
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{n}": "disk" for n in range(blocks)}
@@ -76,20 +73,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=CONTENDERS)
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options.model, options.tokens)))
         return
-    found: dict[str, list[dict[str, float]]] = {c: [] for c in CONTENDERS}
-    for _ in range(options.rounds):
-        for contender in CONTENDERS:
-            command = [sys.executable, __file__, "--one", contender, "--model", options.model]
-            done = subprocess.run(
-                [*command, "--tokens", str(options.tokens)], capture_output=True, text=True, check=True
-            )
-            found[contender].append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {c: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for c, runs in found.items()}
+    with smoke.small(options, tokens=64, rounds=1):
+        medians = compare(options.model, options.tokens, options.rounds, CONTENDERS, script=__file__)
     for contender, values in medians.items():
         print(contender, " ".join(f"{k} {v:.3f}" for k, v in values.items()))
     print("disk over memory", " ".join(f"{k} {medians['disk'][k] / v:.2f}" for k, v in medians["memory"].items()))

@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                            # measures this machine's rates first (SmolLM2, one thread)
     python benchmarks/scale.py --flops 4e14 --read 3e9    # with rates of yours: FLOP/s of a worker, bytes/s of its disk
+    python benchmarks/scale.py --smoke
 
 Formulas (T tokens, L layers, d width, f width of the MLP, k width of keys, V vocabulary, b bytes per weight)::
 
@@ -20,6 +21,8 @@ import mmap
 import os
 import time
 from dataclasses import dataclass
+
+import smoke
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,14 @@ SHAPES = {
 }
 
 
-def measured_flops(tokens: int, rounds: int = 3) -> float:
+def measured_flops(name: str, tokens: int, rounds: int) -> float:
     """FLOP per CPU second of ``sink_scores`` on SmolLM2, one thread: the best of a few rounds."""
     import torch
 
     import sinklens as sl
 
     torch.set_num_threads(1)
-    model = sl.load_model("smollm2-135m")
+    model = sl.load_model(name)
     batch = sl.load_tokens(model, "random", n_seqs=1, seq_len=tokens)
     times = []
     for _ in range(rounds):
@@ -82,11 +85,9 @@ def measured_flops(tokens: int, rounds: int = 3) -> float:
     return SHAPES["SmolLM2-135M"].flop(tokens) / min(times)
 
 
-def measured_read() -> float:
+def measured_read(name: str) -> float:
     """Bytes per second of reading SmolLM2's weights past the page cache."""
-    from sinklens.models.fetch import fetch
-
-    path = next(fetch("smollm2-135m").glob("*.safetensors"))
+    path = next(smoke.folder_of(name).glob("*.safetensors"))
     handle = os.open(path, os.O_RDONLY | os.O_DIRECT)  # Linux
     try:
         with mmap.mmap(-1, 1 << 24) as buffer:  # direct reads want aligned memory
@@ -105,9 +106,12 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=2, help="per weight: 2 for bfloat16")
     parser.add_argument("--flops", type=float, help="FLOP/s of a worker; default: measured here")
     parser.add_argument("--read", type=float, help="bytes/s of its disk; default: measured here")
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
-    rate = options.flops or measured_flops(options.tokens)
-    read = options.read or measured_read()
+    options.model, options.rounds = "smollm2-135m", 3
+    with smoke.small(options, tokens=64, rounds=1):
+        rate = options.flops or measured_flops(options.model, options.tokens, options.rounds)
+        read = options.read or measured_read(options.model)
     print(
         f"rate {rate:.3g} FLOP/s, reading {read:.3g} bytes/s, {options.tokens} tokens, {options.bytes} bytes per weight"
     )

@@ -1,6 +1,6 @@
 """What sink_scores costs beside a plain bridge forward: CPU time and peak memory, as ratios from one run.
 
-    python benchmarks/scores.py [--model smollm2-135m] [--tokens 2048] [--rounds 3]
+    python benchmarks/scores.py [--model smollm2-135m] [--tokens 2048] [--rounds 3] [--smoke]
 
 Each measurement is a process of its own, interleaved A B A B; medians are compared. Contenders:
 
@@ -18,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+import smoke
 
 CONTENDERS = ("forward", "scores", "cached")
 
@@ -74,7 +76,7 @@ def compare(
     for _ in range(rounds):
         for contender in contenders:
             command = [sys.executable, script, "--one", contender, "--model", name, "--tokens", str(length)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[contender].append(json.loads(done.stdout.splitlines()[-1]))
     return {c: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for c, runs in found.items()}
 
@@ -86,11 +88,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", choices=CONTENDERS)
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options.model, options.tokens)))
         return
-    found = compare(options.model, options.tokens, options.rounds, CONTENDERS)
+    with smoke.small(options, tokens=64, rounds=1):
+        found = compare(options.model, options.tokens, options.rounds, CONTENDERS)
     base = found["forward"]
     print(f"{options.model}, {options.tokens} tokens, 1 thread, medians of {options.rounds} interleaved runs")
     for contender, numbers in found.items():

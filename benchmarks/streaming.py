@@ -1,7 +1,7 @@
 """What StreamingLLM's cache costs in one forward, beside a plain forward.
 
     python benchmarks/streaming.py [--model smollm2-135m] [--tokens 2048 4096 8192] [--recent 256] [--rounds 2]
-                                   [--threads 1]
+                                   [--threads 1] [--smoke]
 
 Contenders run in this process, in turn (A B C A B C): the plain Hugging Face model with sdpa, without the
 unembedding; the flash context; ``streaming_attention`` with 0 and 4 first tokens kept. Ratios of medians of CPU time,
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import smoke
 import torch
 from attention import BASE, measure, models
 
@@ -27,7 +28,8 @@ def contenders(plain: Any, model: Any, length: int, recent: int) -> dict[str, Ca
     from sinklens.attention.run import run_blocks
     from sinklens.streaming import streaming_attention
 
-    ids = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0))
+    most = min(1000, model.cfg.d_vocab)
+    ids = torch.randint(3, most, (1, length), generator=torch.Generator().manual_seed(0))
 
     def within(context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Callable[[], None]:
         def run() -> None:
@@ -45,14 +47,21 @@ def contenders(plain: Any, model: Any, length: int, recent: int) -> dict[str, Ca
 
 
 def main() -> None:
-    """Print the ratios."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--recent", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
+    with smoke.small(options, tokens=[96], recent=32, rounds=1):
+        measure_all(options)
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Print the ratios of every length."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     plain, model = models(options.model, cuda=False)

@@ -1,6 +1,6 @@
 """A sweep that is killed at random, again and again, beside one that is not: the tables must be the same to the bit.
 
-    python benchmarks/sweep_kills.py [--models smollm2-135m gemma3-270m] [--kills 6] [--executor processes]
+    python benchmarks/sweep_kills.py [--models smollm2-135m gemma3-270m] [--kills 6] [--executor processes] [--smoke]
 
 1. The reference: all jobs on the standard library's processes, undisturbed.
 2. The same jobs in another folder, on ``--executor``, by a driver in a process of its own; at random moments SIGKILL
@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import smoke
 
 from sinklens.sweep import Job, collect, make_jobs, run_sweep, sweep_status
 
-WORKERS = 2
-PIECES = 5
 
-
-def jobs_of(models: list[str]) -> list[Job]:
-    """Models x texts of 64 tokens x interventions x tasks: 100 jobs of each model."""
-    sizes = {"n_seqs": PIECES, "seq_len": 64, "pieces": PIECES}
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """Models x pieces of texts of 64 tokens x interventions x tasks: 100 jobs of each model."""
+    sizes = {"n_seqs": options.pieces, "seq_len": 64, "pieces": options.pieces}
     texts = [{"source": "python-docs", **sizes}, {"source": "random", **sizes}]
     edits: list[Any] = [
         "none",
@@ -40,12 +38,12 @@ def jobs_of(models: list[str]) -> list[Job]:
         {"build": "swap_attention", "kind": "off-by-one"},
         {"build": "restrict_attention", "sinks": 4, "recent": 16},
     ]
-    return make_jobs(models, texts, edits, [{"task": "sink_scores", "positions": [0, 1]}, "token_loss"])
+    return make_jobs(options.models, texts, edits, [{"task": "sink_scores", "positions": [0, 1]}, "token_loss"])
 
 
 def drive(options: argparse.Namespace) -> None:
     """What the victim does."""
-    run_sweep(jobs_of(options.models), options.store, executor=options.executor, workers=WORKERS)
+    run_sweep(jobs_of(options), options.store, executor=options.executor, workers=options.workers)
 
 
 def workers_of(driver: psutil.Process, executor: str) -> list[psutil.Process]:
@@ -64,7 +62,7 @@ def workers_of(driver: psutil.Process, executor: str) -> list[psutil.Process]:
 def start(options: argparse.Namespace, store: Path) -> subprocess.Popen[bytes]:
     """The driver, in a process of its own."""
     command = [sys.executable, __file__, "--store", str(store), "--executor", options.executor]
-    command += ["--models", *options.models]
+    command += ["--models", *options.models, "--pieces", str(options.pieces), "--workers", str(options.workers)]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
@@ -78,7 +76,7 @@ def ended(before: list[psutil.Process]) -> float:
 def torment(options: argparse.Namespace, store: Path) -> None:
     """Kill the driver or a worker after every so many finished jobs, until nothing is left to do."""
     chance = random.Random(options.seed)
-    total = len(jobs_of(options.models))
+    total = len(jobs_of(options))
     step = total // (options.kills + 1)
     driver, drivers, killed = start(options, store), 1, {"driver": 0, "worker": 0}
     while True:
@@ -87,7 +85,7 @@ def torment(options: argparse.Namespace, store: Path) -> None:
             time.sleep(0.05)
         if driver.poll() is not None and driver.returncode == 0:
             break
-        time.sleep(chance.uniform(0, 1))  # somewhere inside a job
+        time.sleep(chance.uniform(0, options.pause))  # somewhere inside a job
         done = len(list(store.glob("results/*.parquet")))
         if driver.poll() is None:
             process = psutil.Process(driver.pid)
@@ -108,30 +106,40 @@ def torment(options: argparse.Namespace, store: Path) -> None:
     print(status)
 
 
-def main() -> None:
-    """Print the counts."""
+def main() -> int:
+    """Read the command line; a driver of the tormented sweep is this script too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m"])
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--executor", default="processes", choices=["processes", "ray", "submitit"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", type=Path, help="folder of the undisturbed sweep; kept, and used if it is there")
+    parser.add_argument("--pieces", type=int, default=5, help="of each text, a job each")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--pause", type=float, default=1.0, help="the longest from a finished job to the kill, in s")
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
     if options.store is not None:
         drive(options)
-        return
-    folder = Path(tempfile.mkdtemp())
+        return 0
+    with smoke.small(options, models=[smoke.TINY], kills=2, pieces=1, workers=1, pause=0.0):
+        return int(not alike(options))
+
+
+def alike(options: argparse.Namespace) -> bool:
+    """An undisturbed sweep and a tormented one: whether they give the same table."""
+    folder = Path(tempfile.mkdtemp(dir=Path.cwd() if options.smoke else None))
     reference = options.reference or folder / "reference"
     began = time.monotonic()
-    found = run_sweep(jobs_of(options.models), reference, workers=WORKERS)
+    found = run_sweep(jobs_of(options), reference, workers=options.workers)
     print(f"undisturbed, processes: {found}, {found.ran} ran now, {time.monotonic() - began:.0f} s", flush=True)
     torment(options, folder / "tormented")
     first, second = collect(reference), collect(folder / "tormented")
-    print(
-        f"{first.table.num_rows} and {second.table.num_rows} rows; equal to the bit: {first.table.equals(second.table)}"
-    )
+    same = first.table.equals(second.table)
+    print(f"{first.table.num_rows} and {second.table.num_rows} rows; equal to the bit: {same}")
+    return same
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """What a per-layer sweep costs beside one full forward per layer: CPU time and peak memory, as ratios from one run.
 
-    python benchmarks/sweeps.py [--model smollm2-135m] [--tokens 128] [--rounds 3]
+    python benchmarks/sweeps.py [--model smollm2-135m] [--tokens 128] [--rounds 3] [--smoke]
 
 Each measurement is a process of its own, interleaved A B A B; medians are compared. Contenders:
 
@@ -15,6 +15,7 @@ import json
 import sys
 import time
 
+import smoke
 from scores import compare, peak, reset_peak, resident
 
 CONTENDERS = ("forwards", "sweep")
@@ -25,8 +26,8 @@ def measure(contender: str, name: str, length: int) -> dict[str, float]:
     import torch
 
     import sinklens as sl
-    from sinklens.experiment.experiment import scored_logits
     from sinklens.forward.metrics import kl, loss
+    from sinklens.forward.predictions import scored_logits
 
     torch.set_num_threads(1)
     model = sl.load_model(name)
@@ -54,11 +55,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
     if options.one:
         sys.stdout.write(json.dumps(measure(options.one, options.model, options.tokens)) + "\n")
         return
-    found = compare(options.model, options.tokens, options.rounds, CONTENDERS, script=__file__)
+    with smoke.small(options, tokens=32, rounds=1):
+        found = compare(options.model, options.tokens, options.rounds, CONTENDERS, script=__file__)
     cpu = found["sweep"]["cpu"] / found["forwards"]["cpu"]
     memory = found["sweep"]["peak"] - found["forwards"]["peak"]
     sys.stdout.write(f"{options.model}, {options.tokens} tokens, {options.rounds} round(s)\n")

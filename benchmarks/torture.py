@@ -1,11 +1,11 @@
 """Kills, wild input and interruptions at full size, and a summary: what ``make torture`` runs.
 
-    python benchmarks/torture.py [--kills 50] [--cases 10000] [--moments 20] [--real]
+    python benchmarks/torture.py [--kills 50] [--cases 10000] [--moments 20] [--only EXPRESSION] [--real] [--smoke]
 
-The tests are those of CI (in ``tests/robustness``: ``test_kills.py``, ``test_fuzz.py``, ``test_fuzz_files.py``,
-``test_fuzz_methods.py``, ``test_cleanup.py``, ``test_safety.py``) with other sizes, set by ``SINKLENS_KILLS`` (per
-stage, six stages), ``SINKLENS_FUZZ`` and ``SINKLENS_STRIKES``. ``--real`` also kills the fetch and the conversion of
-SmolLM2 (93 MB) as often as one stage.
+The tests are those of CI (``test_kills.py``, ``test_fuzz.py``, ``test_fuzz_files.py``, ``test_fuzz_methods.py``,
+``test_cleanup.py``, ``test_safety.py``) with other sizes, set by ``SINKLENS_KILLS`` (per stage, six stages),
+``SINKLENS_FUZZ`` and ``SINKLENS_STRIKES``. ``--real`` also kills the fetch and the conversion of SmolLM2 (93 MB) as
+often as one stage.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests" / "robustness"
+import smoke
+
+TESTS = Path(__file__).parents[1] / "tests"
+NAMES = ("kills", "fuzz", "fuzz_files", "fuzz_methods", "cleanup", "safety")
 STAGES = 6
+COUNTS = ("kills survived", "cases fuzzed", "interruptions survived")
+ONE_OF_EACH = "training_survives_kills or token_loss or broken_lines or every_class_with or names_that_become_folders"
 
 
 def run(options: argparse.Namespace, counts: Path) -> int:
@@ -33,10 +38,9 @@ def run(options: argparse.Namespace, counts: Path) -> int:
         "SINKLENS_STRIKES": options.moments,
     }
     given = {name: str(value) for name, value in sizes.items()} | {"SINKLENS_COUNTS": str(counts)}
-    names = ("kills", "fuzz", "fuzz_files", "fuzz_methods", "cleanup", "safety")
-    files = [str(TESTS / f"test_{name}.py") for name in names]
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "--tb=short", *files]
-    return subprocess.run(command, env=os.environ | given, check=False).returncode
+    files = [str(path) for name in NAMES for path in sorted(TESTS.rglob(f"test_{name}.py"))]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "--tb=short", "-k", options.only, *files]
+    return subprocess.run(command, env=os.environ | given, cwd=counts.parent, check=False).returncode
 
 
 def kill_the_real_fetch(kills: int) -> int:
@@ -60,13 +64,22 @@ def kill_the_real_fetch(kills: int) -> int:
 
 
 def main() -> int:
-    """Run, and print the summary."""
+    """Read the command line, run, and give an exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--only", default="", help="some of the tests: pytest's -k")
     parser.add_argument("--real", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help=smoke.HELP)
     options = parser.parse_args()
+    if options.smoke:
+        options.kills, options.cases, options.moments, options.only = 1, 1, 1, ONE_OF_EACH
+    return torture(options)
+
+
+def torture(options: argparse.Namespace) -> int:
+    """Run, and print the summary; what was never tried counts as a failure."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts"
@@ -77,6 +90,7 @@ def main() -> int:
             what, number = line.split("\t")
             total[what] += int(number)
     real = kill_the_real_fetch(options.kills // STAGES) if options.real else 0
+    status = status or int(any(total[what] == 0 for what in COUNTS if not options.only or options.smoke))
     print(f"torture, {time.monotonic() - began:.0f} s: {'nothing failed' if status == 0 else 'FAILURES, see above'}")
     print(f"  kills survived: {total['kills survived']} of tiny models, {real} of the real fetch and conversion")
     print(f"  cases fuzzed: {total['cases fuzzed']}")

@@ -3,16 +3,18 @@
 Figures get a static image beside their data (the data only where it is small), views that are a page of their own
 become a picture of it. Nothing of the machine stays: no times, no warnings, no empty outputs of finished bars. A
 notebook that fails, or that would keep a path or a warning, is not written.
+
+    python notebooks/execute.py [NOTEBOOK ...] [--smoke]
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -92,8 +94,30 @@ def picture(html: str) -> bytes:
     return shown
 
 
-if __name__ == "__main__":
+def smoke() -> None:
+    """Run a notebook of one cell, without a figure: those need a browser."""
+    cell = nbformat.v4.new_code_cell("import sinklens\nsinklens.__name__")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), path)
+        execute(path)
+        assert "sinklens" in nbformat.read(path, as_version=4).cells[0].outputs[0].data["text/plain"]
+
+
+def main() -> None:
+    """Run the notebooks that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", type=Path, nargs="*", default=sorted(FOLDER.glob("*.ipynb")))
+    parser.add_argument("--smoke", action="store_true", help="one small notebook, nothing kept")
+    options = parser.parse_args()
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
-    chosen = [Path(name) for name in sys.argv[1:]] or sorted(FOLDER.glob("*.ipynb"))
-    for file in chosen:
-        execute(file)
+    if options.smoke:
+        smoke()
+        return
+    for path in options.notebooks:
+        execute(path)
+
+
+if __name__ == "__main__":
+    main()

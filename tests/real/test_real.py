@@ -121,7 +121,7 @@ def test_a_gguf_file_loads_as_it_is_and_is_converted_once(tmp_path: Path, monkey
 
 def test_scoring_1024_tokens_takes_no_more_memory_than_the_plain_forward() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from scores import compare  # pyright: ignore[reportMissingImports]
+    from scores import compare
 
     found = compare("smollm2-135m", 1024, 1, ("forward", "scores"))
     assert found["scores"]["peak"] < found["forward"]["peak"] + 0.5

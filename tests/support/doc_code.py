@@ -42,8 +42,9 @@ def _module(value: ast.expr) -> str | None:
     """The module that ``sl``, ``sl.trace`` or an imported ``lab`` stands for."""
     if isinstance(value, ast.Name):
         return BARE.get(value.id)
-    inside = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "sl"
-    return f"sinklens.{value.attr}" if inside and value.attr in ROOMS else None
+    if isinstance(value, ast.Attribute) and ast.unparse(value.value) == "sl" and value.attr in ROOMS:
+        return f"sinklens.{value.attr}"
+    return None
 
 
 def _wrong_keywords(function: Any, call: ast.Call) -> list[str]:

@@ -19,7 +19,7 @@ import plain_models
 import torch
 import transformers as tf
 from made_traces import trace_of, weakened
-from public_names import FUNCTIONS
+from public_names import FUNCTIONS, named
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import sinklens as sl
@@ -369,8 +369,7 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
 
 def function_of(name: str) -> Callable[..., Any]:
     """The public function of a name in the table."""
-    module, _, last = name.rpartition(".")
-    return getattr({"": sl, "streaming": streaming, "lab": lab, "sweep": sweep}[module], last)
+    return named(name)
 
 
 def call(name: str, world: World, arguments: Arguments | None = None) -> Any:

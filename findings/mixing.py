@@ -1,7 +1,8 @@
-"""Measure the fifth part of docs/findings.md: what sinks do to mixing.
+"""Measure docs/findings/mixing.md: what sinks do to mixing.
 
-    python docs/make_mixing.py run MODEL STORE     # about two hours; every finished piece is kept in the folder
-    python docs/make_mixing.py write STORE         # tables from all finished pieces
+    python findings/mixing.py run MODEL STORE     # about two hours; every finished piece is kept in the folder
+    python findings/mixing.py write STORE         # tables from all finished pieces
+    python findings/mixing.py --smoke
 
 Prefixes of 16 documents of python-docs that hold a secondary sink early; sinks as found in 512 tokens of each.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import between, command_line, put, table
+from tools import TINY, between, command_line, put, shrink, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -26,6 +27,7 @@ from sinklens.trace.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 PIECES = ("conditions", "twin", "swaps", "collapse", "lengths", "bound")
+TEXTS: dict[str, Any] = {"seq_len": 512, "min_len": 256}
 DOCUMENTS, LENGTH, PROBES = 16, 32, 4
 DOSES = (0.5, 2.0)
 LENGTHS = {64: (6, 16), 128: (6, 16), 256: (4, 16), 512: (3, 16), 1024: (2, 4)}  # sampled columns, documents
@@ -33,13 +35,17 @@ FIRST = "first token masked in every layer"
 SWAPS, SWAP_LENGTH = 112, 64
 COLLAPSE = {"smollm2-135m": (32, 256), "gemma3-270m": (16, 128)}  # documents, tokens: 262,144 logits each are slow
 BOUND = (3, 24)  # documents, tokens
+SMOKE = {
+    "MODELS": (TINY,), "TEXTS": {"n_seqs": 2, "seq_len": 72, "min_len": 72}, "DOCUMENTS": 2, "LENGTH": 12, "PROBES": 2,
+    "LENGTHS": {12: (2, 2)}, "SWAPS": 2, "SWAP_LENGTH": 12, "COLLAPSE": {TINY: (2, 24)}, "BOUND": (1, 8),
+}  # fmt: skip
 
 
 def prefixes(model: TransformerBridge, store: Path, length: int, documents: int = DOCUMENTS) -> sl.SinkMap:
     """Sinks in the first tokens of documents with a secondary sink among them (where too few have one: any)."""
     path = store / f"{model.cfg.model_name}-scores.safetensors"
     if not path.is_file():
-        tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+        tokens = sl.load_tokens(model, "python-docs", **TEXTS)
         sl.sink_scores(model, tokens).save(path)
     sinks = from_scores(sl.SinkScores.load(path))
     tokens = sinks.tokens
@@ -63,7 +69,7 @@ def edits(model: TransformerBridge, sinks: sl.SinkMap) -> dict[str, Any]:
 
 
 def controls(
-    model: TransformerBridge, tokens: sl.Tokens, found: dict[str, Any], wanted: dict[str, tuple[str, ...]]
+    model: TransformerBridge, tokens: sl.Tokens, found: dict[str, Any], wanted: dict[str, tuple[Any, ...]]
 ) -> dict[str, Any]:
     """Damage of the same loss that is no sink, where an edit costs any."""
     words = {"noise": "noise", "mlp": "smaller MLPs"}
@@ -122,11 +128,11 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         if len(sinks.secondary):
             made["without secondary sinks"] = sl.ablate_sinks(model, sinks.secondary)
         made[FIRST] = sl.ablate_sinks(model, [0])
-        wanted = {"without the primary": ("noise",), FIRST: ("noise",)}
-        costs = [float(sl.token_loss(model, sinks.tokens, hooks=made[label]).nanmean()) for label in wanted]
+        damaged = {"without the primary": ("noise",), FIRST: ("noise",)}
+        costs = [float(sl.token_loss(model, sinks.tokens, hooks=made[label]).nanmean()) for label in damaged]
         if abs(costs[0] - costs[1]) < 1e-3:  # one and the same edit, where the first token is the only sink
-            del wanted[FIRST]
-        made |= controls(model, sinks.tokens, made, wanted)
+            del damaged[FIRST]
+        made |= controls(model, sinks.tokens, made, damaged)
         sl.mixing.measure_collapse(model, sinks.tokens, made, sinks=sinks).save(path)
     if path := due("bound", "parquet"):
         documents, length = BOUND
@@ -139,11 +145,11 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
             sl.compare_mixing(model, tokens, made, sinks=[0], probes=2, most=most).save(path)
 
 
-def write(store: Path) -> None:
-    """Put the tables of all finished pieces into docs/findings.md, behind the traces."""
+def write(store: Path, docs: Path) -> None:
+    """Write the tables of all finished pieces to docs/findings/mixing.md."""
     parts = [
         "# Sinks and mixing",
-        f"Written by `python docs/make_mixing.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
+        f"Written by `python findings/mixing.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
         f"tokens of {DOCUMENTS} documents of `python-docs`, {PROBES} probes, unless said otherwise; intervals: 95 % "
         "over documents (they contain the probes' error). S: the sinks found in 512 tokens of each document, the same "
         "in every condition. Ratios are paired: the mean of log(edited / base) over documents, as a factor. *Noise* "
@@ -153,7 +159,7 @@ def write(store: Path) -> None:
     for name in MODELS:
         if any(store.glob(f"{name}-*")):
             parts += model_parts(name, store)
-    put("mixing", parts)
+    put("mixing", parts, docs)
 
 
 def factor(row: dict[str, Any], name: str = "log_ratio") -> str:
@@ -379,4 +385,4 @@ def length_words(paths: dict[int, Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    command_line(__doc__, MODELS, PIECES, run, write)
+    command_line(__doc__, MODELS, PIECES, run, write, lambda: shrink(globals(), SMOKE))

@@ -1,7 +1,8 @@
-"""Measure the lab's part of docs/findings.md: sinks that grow, or do not, under different attention.
+"""Measure docs/findings/lab.md: sinks that grow, or do not, under different attention.
 
-    python docs/make_lab.py run STORE       # about half a CPU hour; every finished run is kept in the folder STORE
-    python docs/make_lab.py write STORE     # tables and the figure from all finished runs
+    python findings/lab.py run STORE       # about half a CPU hour; every finished run is kept in the folder STORE
+    python findings/lab.py write STORE     # tables and the figure from all finished runs
+    python findings/lab.py --smoke
 
 The studies are those that come with the package, three seeds each (``sinklens lab run operations`` makes the same).
 """
@@ -9,21 +10,41 @@ The studies are those that come with the package, three seeds each (``sinklens l
 from __future__ import annotations
 
 import argparse
+import tempfile
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from findings_tools import put, table
+from tools import DOCS, HELP, draw, put, shrink, table
 
 from sinklens import lab
 
 STUDIES = ("operations", "bos", "race", "locked", "mechanisms")
-FIGURE = Path(__file__).parent / "images" / "lab_emergence.png"
+ANALYSED = ("operations", "bos", "mechanisms")
+SEEDS = (0, 1, 2)
+TRAINING: dict[str, Any] = {}  # as the studies say
+TASK: dict[str, Any] = {}
+FIGURE = "lab_emergence.png"
+SMOKE = {
+    "ANALYSED": ("mechanisms",), "SEEDS": (0,), "FIGURE": "lab_emergence.html",
+    "TRAINING": {"steps": 1, "batch_size": 2, "evaluate_every": 1, "evaluation_size": 1}, "TASK": {"seq_len": 32},
+}  # fmt: skip
+
+
+def study_of(name: str) -> lab.Study:
+    """A study as it comes with the package, on our seeds."""
+    study = lab.read_study(name)
+    variants = [
+        replace(one, train=replace(one.train, **TRAINING), task=replace(one.task, **TASK)) for one in study.variants
+    ]
+    return replace(study, variants=tuple(variants), seeds=SEEDS)
 
 
 def comparison(store: Path, name: str) -> lab.LabComparison | None:
     """A study's runs in its own order, or None where a run is missing."""
-    study = lab.read_study(name)
+    study = study_of(name)
     if not (store / name).is_dir():
         return None
     runs = {(run.config.name, run.seed): run for run in lab.load_runs(store / name)}
@@ -45,11 +66,11 @@ def span(values: list[float]) -> str:
 def operations_words(found: lab.LabComparison) -> list[str]:
     """Gu et al., Tables 4 and 6."""
     frame = found.to_dataframe()
-    base = sum(seeds(frame, "softmax", "loss")) / 3
+    base = sum(seeds(frame, "softmax", "loss")) / len(SEEDS)
     lines = []
     for variant in dict.fromkeys(run.config.name for run in found.runs):
         gone = sum(value < 0.1 for value in seeds(frame, variant, "sink"))
-        gap = sum(seeds(frame, variant, "loss")) / 3 - base
+        gap = sum(seeds(frame, variant, "loss")) / len(SEEDS) - base
         slot = sum(value > 0.9 for value in seeds(frame, variant, "slot_sink"))
         elsewhere = sum(
             first < 0.1 < 0.5 < anywhere and slot_sink < 0.5
@@ -58,7 +79,7 @@ def operations_words(found: lab.LabComparison) -> list[str]:
             )
         )
         counts = {"no sink on the first token": gone, "sink on the slot": slot, "sink on another token": elsewhere}
-        told = {name: f"{count} of 3" for name, count in counts.items()}
+        told = {name: f"{count} of {len(SEEDS)}" for name, count in counts.items()}
         lines.append({"attention": variant, **told, "loss minus softmax": f"{gap:+.3f}"})
     return [
         "## Kinds of attention (Gu et al., Tables 4 and 6, at toy scale)",
@@ -95,6 +116,8 @@ def bos_words(found: lab.LabComparison) -> list[str]:
 def mechanism_words(found: lab.LabComparison) -> list[str]:
     """Broadcast, value drain, dormant heads."""
     frame = found.to_dataframe()
+    if "ov_ratio" not in frame:
+        frame["ov_ratio"] = float("nan")  # models without a sink have nothing that it writes
     parts = ("without its write", "without its share", "without both")
     broadcast, drain = ([span(seeds(frame, name, part)) for part in parts] for name in ("broadcast", "value drain"))
     heads = pd.concat(
@@ -167,7 +190,7 @@ def locked_words(found: lab.LabComparison) -> list[str]:
     ]
 
 
-def write(store: Path) -> None:
+def write(store: Path, docs: Path) -> None:
     """The section and its figure."""
     words = {
         "operations": operations_words,
@@ -179,7 +202,7 @@ def write(store: Path) -> None:
     parts = [
         "# Sinks that grow in the lab",
         f"Models of 50,000 parameters trained from scratch on synthetic tasks with exact floors, three seeds each "
-        f"(`python docs/make_lab.py`, {date.today().isoformat()}). AdamW, 300 steps (value drain: 500) of 32 "
+        f"(`python findings/lab.py`, {date.today().isoformat()}). AdamW, 300 steps (value drain: 500) of 32 "
         "sequences of 64 "
         f"tokens, on one CPU thread.",
     ]
@@ -190,20 +213,37 @@ def write(store: Path) -> None:
         parts += words[name](found)
         if name == "operations":
             shown = ("softmax", "sigmoid", "kv_bias", "off_by_one", "gated")
-            lab.compare([run for run in found.runs if run.config.name in shown]).plot().write_image(
-                FIGURE, width=1100, height=460, scale=2
-            )
-            parts.append(f"![Loss above the floor and sink rate against training steps](images/{FIGURE.name})")
-    put("lab", parts)
+            figure = lab.compare([run for run in found.runs if run.config.name in shown]).plot()
+            draw(figure, docs / "images" / FIGURE, width=1100, height=460, scale=2)
+            parts.append(f"![Loss above the floor and sink rate against training steps](../images/{FIGURE})")
+    put("lab", parts, docs)
+
+
+def run(store: Path) -> None:
+    """Train every study; what is finished is not done again."""
+    for name in STUDIES:
+        lab.run_study(study_of(name), store, analysis=name in ANALYSED)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help=HELP)
+    parser.add_argument("what", choices=("run", "write"), nargs="?")
+    parser.add_argument("store", type=Path, nargs="?")
+    given = parser.parse_args()
+    if given.smoke:
+        shrink(globals(), SMOKE)
+        with tempfile.TemporaryDirectory() as folder:
+            run(Path(folder) / "store")
+            write(Path(folder) / "store", Path(folder) / "docs")
+    elif given.store is None:
+        parser.error("what is to be done, and in which folder: run STORE or write STORE?")
+    elif given.what == "write":
+        write(given.store, DOCS)
+    else:
+        run(given.store)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "write"))
-    parser.add_argument("store", type=Path)
-    given = parser.parse_args()
-    if given.what == "write":
-        write(given.store)
-    else:
-        for study in STUDIES:
-            lab.run_study(study, given.store, analysis=study not in ("race", "locked"))
+    main()

@@ -1,7 +1,8 @@
-"""Measure the second part of docs/findings.md: what breaks when sinks are ablated, beside controls.
+"""Measure docs/findings/interventions.md: what breaks when sinks are ablated, beside controls.
 
-    python docs/make_interventions.py run MODEL STORE     # hours; every finished sequence is kept in the folder STORE
-    python docs/make_interventions.py write STORE         # tables from all finished experiments
+    python findings/interventions.py run MODEL STORE     # hours; every finished sequence is kept in the folder STORE
+    python findings/interventions.py write STORE         # tables from all finished experiments
+    python findings/interventions.py --smoke
 
 Every document of python-docs with at least 256 tokens, the first 512 of each. At most 128 predictions per document are
 scored, the same in every run.
@@ -17,15 +18,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import command_line, put
+from tools import TINY, command_line, put, shrink
 
 import sinklens as sl
 
 DECODERS = ("smollm2-135m", "gemma3-270m")
-ALL_CONTROLS = ("random", "recent", "same_id", "matched")
+ALL_CONTROLS: tuple[Any, ...] = ("random", "recent", "same_id", "matched")
+TEXTS: dict[str, Any] = {"seq_len": 512, "min_len": 256}
 SCORED = 128
 SMALL = 0.03
 RECENT = (64, 256)
+SMOKE = {"DECODERS": (TINY,), "TEXTS": {"n_seqs": 2, "seq_len": 72, "min_len": 72}, "SCORED": 4, "RECENT": (16, 32)}
 
 
 def bands(n_layers: int) -> dict[str, range]:
@@ -92,7 +95,7 @@ def streaming(model: Any, _: sl.SinkMap) -> dict[str, Any]:
     }
 
 
-EXPERIMENTS: dict[str, tuple[Callable[[Any, sl.SinkMap], dict[str, Any]], tuple[str, ...], str]] = {
+EXPERIMENTS: dict[str, tuple[Callable[[Any, sl.SinkMap], dict[str, Any]], tuple[Any, ...], str]] = {
     "modes": (every_mode, (), "Every mode, all sinks, in the layers of their lives"),
     "streaming": (streaming, (), "StreamingLLM's attention pattern as a mask (positions as in the text)"),
     "massive": (massive, ("random", "matched"), "The primary sink's residual stream, in every layer of its life"),
@@ -106,7 +109,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     warnings.simplefilter("ignore", sl.SinklensWarning)
     torch.set_num_threads(1)
     model = sl.load_model(name)
-    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+    tokens = sl.load_tokens(model, "python-docs", **TEXTS)
     sinks = sl.find_sinks(model, tokens)
     for key in wanted or ["modes", "streaming", "massive", "bos", "kinds", "bands"]:
         if key == "bos":
@@ -161,7 +164,7 @@ def in_words(experiment: sl.experiment.Experiment) -> str:
         if not row["control"]:
             if row["d_loss_low"] <= 0 <= row["d_loss_high"]:
                 absent.append(row["label"])
-            elif abs(row["d_loss"]) < SMALL:
+            elif row["d_loss_low"] == row["d_loss_low"] and abs(row["d_loss"]) < SMALL:  # NaN: too few documents
                 small.append(f"{row['label']} ({row['d_loss']:+.3f})")
         elif row["beyond_high"] < 0:
             weaker.append(f"{row['label']} against {row['control']}")
@@ -185,11 +188,11 @@ def side_effects(experiment: sl.experiment.Experiment) -> str:
     return "\n".join(lines)
 
 
-def write(store: Path) -> None:
-    """Put the tables of all finished experiments into docs/findings.md."""
+def write(store: Path, docs: Path) -> None:
+    """Write the tables of all finished experiments to docs/findings/interventions.md."""
     parts = [
         "# What breaks without sinks",
-        f"Written by `python docs/make_interventions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
+        f"Written by `python findings/interventions.py` on {date.today()}, sinklens {sl.__version__}. Every document "
         f"of `python-docs` with at least 256 tokens, the first 512 of each; at most {SCORED} predictions per document "
         "are scored, none at a sink, at an edited token or at a control's token, the same in every run of a table. "
         "Intervals: 95 % bootstrap-t over documents. The models are 4-bit GGUF weights, dequantised. *Beyond the "
@@ -216,8 +219,8 @@ def write(store: Path) -> None:
                 if in_words(experiment):
                     parts.append(in_words(experiment))
                 parts.append(f"Side effects (means over layers and documents):\n\n{side_effects(experiment)}")
-    put("interventions", parts)
+    put("interventions", parts, docs)
 
 
 if __name__ == "__main__":
-    command_line(__doc__, DECODERS, ["bos", *EXPERIMENTS], run, write)
+    command_line(__doc__, DECODERS, ["bos", *EXPERIMENTS], run, write, lambda: shrink(globals(), SMOKE))

@@ -1,7 +1,8 @@
-"""Measure the fourth part of docs/findings.md: who writes sinks, and the five claims about secondary ones.
+"""Measure docs/findings/traces.md: who writes sinks, and the five claims about secondary ones.
 
-    python docs/make_traces.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
-    python docs/make_traces.py write STORE         # tables from all finished pieces
+    python findings/traces.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
+    python findings/traces.py write STORE         # tables from all finished pieces
+    python findings/traces.py --smoke
 
 The first 512 tokens of every document of python-docs that has at least 64; one secondary sink per document is proven by
 replacement. Rules are taken from one half of the documents and judged on the other; the halves hold equally many
@@ -19,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import between, command_line, put, table
+from tools import TINY, between, command_line, put, shrink, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -30,11 +31,17 @@ from sinklens.trace.verdicts import quantity
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 LENGTH, SHORTEST = 512, 64
+DOCUMENTS: int | None = None  # all there are
 DOSES = (0.0, 0.5, 2.0, 4.0)
 LONG = {2048: 4, 4096: 4, 8192: 3}  # tokens, texts: python-docs holds no more of the longest
 SPLIT = 16
+PERMUTATIONS = 4999
 STRONG = 0.1  # far importance that a head pays to the sinks alive, on the mean
 PIECES = ("trace", "causal", "primaries", "neurons", "subspace", "planted", "long")
+SMOKE = {
+    "MODELS": (TINY,), "LENGTH": 96, "SHORTEST": 96, "DOCUMENTS": 10, "DOSES": (0.0, 2.0), "LONG": {128: 2}, "SPLIT": 2,
+    "PERMUTATIONS": 9,
+}  # fmt: skip
 
 
 def run(name: str, store: Path, wanted: list[str]) -> None:
@@ -42,7 +49,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     warnings.simplefilter("ignore", sl.SinklensWarning)
     torch.set_num_threads(1)
     model = sl.load_model(name)
-    tokens = sl.load_tokens(model, "python-docs", seq_len=LENGTH, min_len=SHORTEST)
+    tokens = sl.load_tokens(model, "python-docs", n_seqs=DOCUMENTS, seq_len=LENGTH, min_len=SHORTEST)
 
     def path(piece: str) -> Path:
         return store / f"{name}-{piece}.safetensors"
@@ -70,7 +77,7 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
         write_text(path("subspace"), "done")
     if due("planted"):
         chosen = causal_sequences(sinks)[:16]
-        trace = sl.trace.SinkTrace.load(path("trace")).part({tokens.documents[b] for b in chosen})
+        trace = sl.trace.SinkTrace.load(path("trace")).part(sorted({tokens.documents[b] for b in chosen}))
         first = {(one.sequence, one.kind): one.sink for one in reversed(trace.traced)}
         kept = [o for o in trace.traced if o.sink in first.values() and o.kind == "secondary" and o.sequence in chosen]
         only = sl.trace.SinkTrace(tuple(kept), (), trace.sinks, trace.tokens, (), (), trace.info)
@@ -128,11 +135,11 @@ def long_texts(model: TransformerBridge) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def write(store: Path) -> None:
-    """Put the tables of all finished pieces into docs/findings.md, behind the decompositions."""
+def write(store: Path, docs: Path) -> None:
+    """Write the tables of all finished pieces to docs/findings/traces.md."""
     parts = [
         "# Who writes sinks",
-        f"Written by `python docs/make_traces.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
+        f"Written by `python findings/traces.py` on {date.today()}, sinklens {sl.__version__}. The first {LENGTH} "
         f"tokens of every document of `python-docs` that has at least {SHORTEST}, one chunk each; intervals: 95 % over "
         "documents. One secondary sink per document was proven by replacement and rescaled; claims 1 and 2 take the "
         "MLP with the largest share. Both halves of the documents are shown (equally many with a secondary sink in "
@@ -141,7 +148,7 @@ def write(store: Path) -> None:
     for name in MODELS:
         if (store / f"{name}-trace.safetensors").is_file():
             parts += model_parts(name, store)
-    put("traces", parts)
+    put("traces", parts, docs)
 
 
 def model_parts(name: str, store: Path) -> list[str]:
@@ -218,10 +225,13 @@ def model_parts(name: str, store: Path) -> list[str]:
 
 def readers(scores: sl.SinkScores, sinks: sl.SinkMap, halves: dict[str, list[int]]) -> str:
     """Which heads read secondary sinks, against both nulls."""
-    words = {"any": "tokens drawn from the same sequence", "same_id": "tokens of the same id that are no sink"}
+    words: dict[Any, str] = {
+        "any": "tokens drawn from the same sequence",
+        "same_id": "tokens of the same id that are no sink",
+    }
     lines = []
     for null, told in words.items():
-        found = sl.heads.reading_heads(scores, sinks, null=null, permutations=4999)
+        found = sl.heads.reading_heads(scores, sinks, null=null, permutations=PERMUTATIONS)
         strong = found[found.beta >= STRONG]
         by_layer = ", ".join(f"{layer}: {share:.2f}" for layer, share in found.groupby("layer").reads.mean().items())
         lines.append(
@@ -231,7 +241,9 @@ def readers(scores: sl.SinkScores, sinks: sl.SinkMap, halves: dict[str, list[int
     apart = {}
     for half, documents in halves.items():
         mine = tuple(s for s in sinks if sinks.tokens.documents[s.sequence] in documents)
-        apart[half] = sl.heads.reading_heads(scores, replace(sinks, sinks=mine), null="same_id", permutations=4999)
+        apart[half] = sl.heads.reading_heads(
+            scores, replace(sinks, sinks=mine), null="same_id", permutations=PERMUTATIONS
+        )
     joined = apart["discovery"].merge(apart["test"], on=["layer", "head"], suffixes=("", "_test"))
     chosen = joined[joined.reads & (joined.beta >= STRONG)]
     again = chosen[chosen.reads_test & (chosen.beta_test >= STRONG)]
@@ -241,8 +253,8 @@ def readers(scores: sl.SinkScores, sinks: sl.SinkMap, halves: dict[str, list[int
         f"{joined.beta.corr(joined.beta_test, method='spearman'):.3f}."
     )
     return (
-        "Heads that read secondary sinks more than others do (false discovery rate 0.05, 4999 permutations):\n\n"
-        + "\n".join(lines)
+        "Heads that read secondary sinks more than others do (false discovery rate 0.05, "
+        f"{PERMUTATIONS} permutations):\n\n" + "\n".join(lines)
     )
 
 
@@ -314,7 +326,7 @@ def causes(trace: sl.trace.SinkTrace) -> str:
 
 def planted(path: Path) -> str:
     """Sufficiency."""
-    frame = pd.read_csv(path)
+    frame: Any = pd.read_csv(path)
     rows = []
     for (writer, added), group in frame.groupby(["writer", "added"]):
         rows.append(
@@ -326,10 +338,10 @@ def planted(path: Path) -> str:
 
 def neuron_words(path: Path) -> str:
     """How few neurons carry a writer."""
-    writers = pd.read_csv(path)
-    listed = pd.read_csv(str(path).replace("writers", "neurons"))
-    feeds = pd.read_csv(str(path).replace("writers", "feeds"))
-    ablations = pd.read_csv(str(path).replace("writers", "ablations"))
+    tables: list[Any] = [
+        pd.read_csv(str(path).replace("writers", name)) for name in ("writers", "neurons", "feeds", "ablations")
+    ]
+    writers, listed, feeds, ablations = tables
     rows = []
     for (kind, writer), group in writers.groupby(["kind", "writer"]):
         mine = listed[(listed.kind == kind) & (listed.writer == writer) & (listed.share > 0.1)]
@@ -369,4 +381,4 @@ def long_words(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    command_line(__doc__, MODELS, PIECES, run, write)
+    command_line(__doc__, MODELS, PIECES, run, write, lambda: shrink(globals(), SMOKE))

@@ -1,19 +1,21 @@
-"""Simulate how often intervals over documents hold the true mean; write docs/interval_coverage.md."""
+"""Simulate docs/findings/interval_coverage.md: how often intervals over documents hold the true mean."""
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
+import tempfile
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import bootstrap, t
+from tools import DOCS, HELP, find_tests, put, shrink
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+find_tests()
 
-from test_interval_coverage import DISTRIBUTIONS  # noqa: E402
+from distributions import DISTRIBUTIONS  # noqa: E402
 
 import sinklens  # noqa: E402
 from sinklens.core.intervals import interval, rank_correlation  # noqa: E402
@@ -21,6 +23,7 @@ from sinklens.mixing.jacobians import chi_square_interval  # noqa: E402
 
 RUNS, RESAMPLES, SIZES = 2000, 999, (16, 24, 50)
 PROBES, NORMS, RANK_RUNS = 16, 20_000, 200
+SMOKE = {"RUNS": 2, "RESAMPLES": 99, "SIZES": (16,), "NORMS": 100, "RANK_RUNS": 1}
 
 
 def bca(sample: np.ndarray, seed: int) -> tuple[float, float]:
@@ -92,12 +95,24 @@ def ranks() -> list[str]:
 
 
 def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help=HELP)
+    if not parser.parse_args().smoke:
+        measure(DOCS)
+        return
+    shrink(globals(), SMOKE)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(Path(folder))
+
+
+def measure(docs: Path) -> None:
     """Write the page."""
     error = math.sqrt(0.95 * 0.05 / RUNS)
     lines = [
         "# How often intervals hold the truth",
         "",
-        f"Written by `python docs/make_coverage.py` on {date.today()}, sinklens {sinklens.__version__}. {RUNS} "
+        f"Written by `python findings/interval_coverage.py` on {date.today()}, sinklens {sinklens.__version__}. {RUNS} "
         f"simulated samples per row, {RESAMPLES} resamples each; a share near 0.95 errs by {error:.3f} (one "
         "standard error).",
         "",
@@ -129,7 +144,7 @@ def main() -> None:
         *ranks(),
         "",
     ]
-    (Path(__file__).parent / "interval_coverage.md").write_text("\n".join(lines), encoding="utf-8")
+    put("interval_coverage", ["\n".join(lines).rstrip()], docs)
 
 
 if __name__ == "__main__":

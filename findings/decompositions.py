@@ -1,7 +1,8 @@
-"""Measure the third part of docs/findings.md: sinks taken apart, key or value, four claims.
+"""Measure docs/findings/decompositions.md: sinks taken apart, key or value, four claims.
 
-    python docs/make_decompositions.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
-    python docs/make_decompositions.py write STORE         # tables from all finished pieces
+    python findings/decompositions.py run MODEL STORE     # about an hour; every finished piece is kept in the folder
+    python findings/decompositions.py write STORE         # tables from all finished pieces
+    python findings/decompositions.py --smoke
 
 The first 512 tokens of the first 24 documents of python-docs (of at least 256 tokens) that hold a sink of the kind;
 layers and heads one by one on the first 16 of them. At most 128 predictions per document are scored.
@@ -16,12 +17,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import between, command_line, put, shown, table
+from tools import TINY, between, command_line, draw, put, shown, shrink, table
 
 import sinklens as sl
 
 MODELS = ("smollm2-135m", "gemma3-270m", "minilm-l6")
 KINDS = ("primary", "secondary")
+TEXTS: dict[str, Any] = {"seq_len": 512, "min_len": 256}
 SCORED = 128
 DOCUMENTS = 24
 FEW = 16
@@ -32,6 +34,11 @@ NUMBERS = (
     "bias_error", "mass", "written", "written_rest", "value_ratio", "off_manifold", "same_elsewhere", "residual_share",
     "logit_target", "logit_rms",
 )  # fmt: skip
+DRAWN = ".png"
+SMOKE = {
+    "MODELS": (TINY,), "TEXTS": {"n_seqs": 2, "seq_len": 72, "min_len": 72}, "SCORED": 4, "DOCUMENTS": 2, "FEW": 2,
+    "DRAWN": ".html",
+}  # fmt: skip
 
 
 def run(name: str, store: Path, wanted: list[str]) -> None:
@@ -39,10 +46,10 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
     warnings.simplefilter("ignore", sl.SinklensWarning)
     torch.set_num_threads(1)
     model = sl.load_model(name)
-    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+    tokens = sl.load_tokens(model, "python-docs", **TEXTS)
     sinks = sl.find_sinks(model, tokens)
 
-    def piece_of(kind: str, most: int, **options: Any) -> sl.decompose.SinkDecomposition:
+    def piece_of(kind: Any, most: int, **options: Any) -> sl.decompose.SinkDecomposition:
         holding = [b for b in range(len(tokens)) if any(s.sequence == b for s in sinks.where(kind=kind))][:most]
         chosen = tokens[holding]
         own = sl.find_sinks(model, chosen).where(kind=kind)
@@ -142,11 +149,11 @@ def one_by_one(found: sl.decompose.SinkDecomposition) -> str:
     return "\n".join(lines)
 
 
-def write(store: Path) -> None:
-    """Put the tables of all finished pieces into docs/findings.md, behind the interventions."""
+def write(store: Path, docs: Path) -> None:
+    """Write the tables of all finished pieces to docs/findings/decompositions.md."""
     parts = [
         "# Sinks taken apart",
-        f"Written by `python docs/make_decompositions.py` on {date.today()}, sinklens {sl.__version__}. The first 512 "
+        f"Written by `python findings/decompositions.py` on {date.today()}, sinklens {sl.__version__}. The first 512 "
         "tokens of documents of `python-docs` of at least 256 tokens: all of them for primary sinks of decoders, the "
         f"first {DOCUMENTS} that hold a sink of the kind otherwise; at most {SCORED} predictions per document are "
         f"scored; layers and heads one by one on the first {FEW} of them (heads: 128 tokens; Gemma: 32 predictions). "
@@ -177,11 +184,11 @@ def write(store: Path) -> None:
                 found = sl.decompose.SinkDecomposition.load(path)
                 parts += [f"### {name}: {scope} one by one", one_by_one(found)]
                 if scope == "heads" and "loss" in found.effects["head"].values:
-                    image = Path("images") / f"plane-{name}.png"
-                    found.plot("plane").write_image(Path(__file__).parent / image, width=900, height=560)
-                    parts.append(f"![Mass part against value part of every head of {name}]({image})")
-    put("decompositions", parts)
+                    image = f"images/plane-{name}{DRAWN}"
+                    draw(found.plot("plane"), docs / image, width=900, height=560)
+                    parts.append(f"![Mass part against value part of every head of {name}](../{image})")
+    put("decompositions", parts, docs)
 
 
 if __name__ == "__main__":
-    command_line(__doc__, MODELS, [*KINDS, "heads", "layers"], run, write)
+    command_line(__doc__, MODELS, [*KINDS, "heads", "layers"], run, write, lambda: shrink(globals(), SMOKE))

@@ -1,7 +1,8 @@
-"""Measure the last part of docs/findings.md: which tokens must stay in a rolling cache.
+"""Measure docs/findings/streaming.md: which tokens must stay in a rolling cache.
 
-    python docs/make_streaming.py run MODEL STORE     # one to three hours; every finished piece is kept in the folder
-    python docs/make_streaming.py write STORE         # tables from all finished pieces
+    python findings/streaming.py run MODEL STORE     # one to three hours; every finished piece is kept in the folder
+    python findings/streaming.py write STORE         # tables from all finished pieces
+    python findings/streaming.py --smoke
 
 Documents of python-docs with at least 1024 tokens, the first 1024 of each; single texts of up to 8192 tokens are all
 help topics from the start, joined by blank lines.
@@ -15,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from findings_tools import between, command_line, put, table
+from tools import TINY, between, command_line, put, shrink, table
 from transformer_lens.model_bridge import TransformerBridge
 
 import sinklens as sl
@@ -24,12 +25,16 @@ from sinklens.streaming import EvictionStudy, StreamingLoss, eviction_study, str
 MODELS = ("smollm2-135m", "gemma3-270m")
 PIECES = ("anchors", "documents", "long")
 LENGTH, WINDOWS = 1024, (64, 256)
-DOCUMENTS = {"smollm2-135m": None, "gemma3-270m": 16}  # of each length; None: all there are
+DOCUMENTS: dict[str, int | None] = {"smollm2-135m": None, "gemma3-270m": 16}  # of each length; None: all there are
 ANCHORS = {  # tokens: {recent: first tokens that stay}
     "smollm2-135m": {2048: {64: (0, 1)}, 4096: {256: (0, 1, 2, 4)}, 8192: {256: (0, 1, 4)}},
     "gemma3-270m": {4096: {256: (0, 1, 2, 4)}},
 }
 LONG = (4096, 8192)
+SMOKE = {
+    "MODELS": (TINY,), "LENGTH": 64, "WINDOWS": (8, 16), "DOCUMENTS": {TINY: 2}, "ANCHORS": {TINY: {48: {8: (0, 1)}}},
+    "LONG": (64,),
+}  # fmt: skip
 PUBLISHED = "Xiao et al. 2024"
 
 
@@ -64,11 +69,11 @@ def run(name: str, store: Path, wanted: list[str]) -> None:
             eviction_study(model, joined(model, length), WINDOWS, first=(4,)).save(path)
 
 
-def write(store: Path) -> None:
-    """Put the tables of all finished pieces into docs/findings.md, at its end."""
+def write(store: Path, docs: Path) -> None:
+    """Write the tables of all finished pieces to docs/findings/streaming.md."""
     parts = [
         "# Sinks in a rolling cache",
-        f"Written by `python docs/make_streaming.py` on {date.today()}, sinklens {sl.__version__}. StreamingLLM's "
+        f"Written by `python findings/streaming.py` on {date.today()}, sinklens {sl.__version__}. StreamingLLM's "
         f"cache ({PUBLISHED}): some tokens that stay and the N most recent ones, positions counted in the cache "
         "(docs/definitions.md, section 9), exactly, in one forward. Loss in nats over all predictions; *cost*: above "
         "full attention, *gain*: below the window alone of the same N, both paired by document; intervals: 95 % "
@@ -78,7 +83,7 @@ def write(store: Path) -> None:
     for name in MODELS:
         if any(store.glob(f"{name}-*")):
             parts += model_parts(name, store)
-    put("streaming", parts)
+    put("streaming", parts, docs)
 
 
 def model_parts(name: str, store: Path) -> list[str]:
@@ -160,4 +165,4 @@ def anchor_words(name: str, store: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    command_line(__doc__, MODELS, PIECES, run, write)
+    command_line(__doc__, MODELS, PIECES, run, write, lambda: shrink(globals(), SMOKE))

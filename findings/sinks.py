@@ -1,6 +1,6 @@
-"""Measure docs/findings.md: the sinks of the embedded decoders on every document of python-docs.
+"""Measure docs/findings/sinks.md: the sinks of the embedded decoders on every document of python-docs.
 
-    python docs/make_findings.py [--wong FILE.jsonl ...]
+    python findings/sinks.py [--wong FILE.jsonl ...] [--smoke]
 
 ``--wong`` takes the layer lists that Wong et al. released (one JSON object per sample, key ``candidate_sinks``), and
 adds what the published level and label rules make of them.
@@ -14,21 +14,30 @@ import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import torch
+from tools import DOCS, HELP, TINY, put, shrink, tiny_model
 
 import sinklens as sl
-from sinklens.core.storage import write_text
 from sinklens.find.residual_detectors import wong_label, wong_level
 from sinklens.find.sinks import from_scores
 
 DECODERS = ("smollm2-135m", "gemma3-270m")
+ENCODER = "minilm-l6"
+TEXTS: dict[str, Any] = {"seq_len": 512, "min_len": 256}
+CONTEXTS: dict[str, Any] = {"lengths": (64, 256)}
 WONG_LAYERS = {"deepseek": 48, "qwen3-4b": 36}
+SMOKE = {
+    "DECODERS": (TINY,), "ENCODER": TINY, "TEXTS": {"n_seqs": 2, "seq_len": 72, "min_len": 72},
+    "CONTEXTS": {"lengths": (64,), "n_seqs": 2},
+}  # fmt: skip
+RELEASED = {"candidate_sinks": {"7": {"layer": [3, 4, 5], "sink_type": "cliff"}}}  # a line as --wong reads it
 
 
-def table(frame: pd.DataFrame) -> str:
+def table(frame: Any) -> str:  # a DataFrame; to pandas' stubs a selection may be a Series
     """A Markdown table."""
 
     def cell(value: object) -> str:
@@ -41,17 +50,17 @@ def table(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def counted(sinks: sl.SinkMap, kind: str, most: int = 8) -> str:
+def counted(sinks: sl.SinkMap, kind: Any, most: int = 8) -> str:
     """The commonest tokens of a kind."""
     tokens = Counter(s.token for s in sinks.where(kind=kind))
     shown = ", ".join(f"`{token!r}` {n}" for token, n in tokens.most_common(most))
     return f"{shown} ({len(tokens)} different tokens)" if tokens else "none"
 
 
-def decoder(name: str) -> str:
+def decoder(name: str, texts: dict[str, Any], contexts: dict[str, Any]) -> str:
     """The section of one decoder."""
     model = sl.load_model(name)
-    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+    tokens = sl.load_tokens(model, "python-docs", **texts)
     scores = sl.sink_scores(model, tokens)
     sinks = from_scores(scores)
     places = sinks.to_dataframe()
@@ -70,7 +79,8 @@ def decoder(name: str) -> str:
     with_secondary = places[places.kind == "secondary"].sequence.nunique()
     low, high = scores.sink_rate_interval() or (float("nan"), float("nan"))
     classes = anatomy.head_classes()
-    kinds = classes.groupby(["class", "kind"], as_index=False).size().rename(columns={"size": "heads"})
+    counts: Any = classes.groupby(["class", "kind"]).size()
+    kinds = counts.reset_index(name="heads")
     parts = [
         f"## {name}",
         f"{len(tokens)} documents, {int(tokens.lengths.sum())} tokens. Sink rate at position 0, epsilon 0.3: "
@@ -84,19 +94,19 @@ def decoder(name: str) -> str:
         "### The count depends on the threshold\n\n" + table(sinks.sweep(values=(0.02, 0.03, 0.05, 0.07, 0.1, 0.15))),
         "### Agreement of the methods\n\n" + table(methods),
         "### What the heads do (commonest class over documents)\n\n" + table(kinds),
-        "### Token or position?\n\n" + table(sl.find.compare_contexts(model, lengths=(64, 256))),
+        "### Token or position?\n\n" + table(sl.find.compare_contexts(model, **contexts)),
     ]
     return "\n\n".join(parts)
 
 
 def encoder() -> str:
     """MiniLM on the same documents."""
-    model = sl.load_model("minilm-l6")
-    tokens = sl.load_tokens(model, "python-docs", seq_len=512, min_len=256)
+    model = sl.load_model(ENCODER)
+    tokens = sl.load_tokens(model, "python-docs", **TEXTS)
     sinks = sl.find_sinks(model, tokens)
     levels = sinks.levels().head(6)
     text = "- primary: " + counted(sinks, "primary") + "\n- secondary: " + counted(sinks, "secondary")
-    return f"## minilm-l6\n\n{len(tokens)} documents, {len(sinks)} sinks.\n\n{text}\n\n{table(levels)}"
+    return f"## {ENCODER}\n\n{len(tokens)} documents, {len(sinks)} sinks.\n\n{text}\n\n{table(levels)}"
 
 
 def released(path: Path) -> str:
@@ -123,32 +133,43 @@ def released(path: Path) -> str:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wong", nargs="*", type=Path, default=[])
+    parser.add_argument("--smoke", action="store_true", help=HELP)
     options = parser.parse_args()
+    if not options.smoke:
+        measure(options.wong, DOCS)
+        return
+    shrink(globals(), SMOKE)
+    with tiny_model():
+        wong = Path("deepseek.jsonl")
+        wong.write_text(json.dumps(RELEASED))
+        measure([wong], Path("docs"))
+
+
+def measure(wong: list[Path], docs: Path) -> None:
+    """Write the page."""
     with ProcessPoolExecutor(len(DECODERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        measured = list(pool.map(decoder, DECODERS))
+        measured = list(pool.map(decoder, DECODERS, repeat(TEXTS), repeat(CONTEXTS)))
     parts = [
         "# Findings: which sinks the embedded models have",
-        f"Written by `python docs/make_findings.py` on {date.today()}, sinklens {sl.__version__}. Every document of "
+        f"Written by `python findings/sinks.py` on {date.today()}, sinklens {sl.__version__}. Every document of "
         "`python-docs` with at least 256 tokens, the first 512 of each. The decoders are 4-bit GGUF weights, "
         "dequantised; the text is technical prose, so counts are this corpus's. Detection is correlational.",
         *measured,
         encoder(),
     ]
-    if options.wong:
+    if wong:
         head = (
             "| file | samples | with a secondary | secondary | noise | labels that differ from the released | levels |"
         )
-        rows = "\n".join([head, "|---|---|---|---|---|---|---|", *(released(path) for path in options.wong)])
+        rows = "\n".join([head, "|---|---|---|---|---|---|---|", *(released(path) for path in wong)])
         parts.append(
             '## The released layer lists of Wong et al. 2025\n\nTheir level and label rules, as `method="wong"` '
             "applies them, on the authors' own detections:\n\n" + rows
         )
-    page = Path(__file__).parent / "findings.md"
-    _, mark, second = page.read_text(encoding="utf-8").partition("<!-- interventions -->")  # make_interventions.py's
-    write_text(page, "\n\n".join(parts) + "\n" + (f"\n{mark}{second}" if mark else ""))
+    put("sinks", parts, docs)
 
 
 if __name__ == "__main__":
