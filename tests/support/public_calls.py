@@ -23,7 +23,7 @@ from public_names import FUNCTIONS, named
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import sinklens as sl
-from sinklens import lab, streaming, sweep
+from sinklens import lab, sweep
 from sinklens.check.cause_checks import MANY, made
 from sinklens.check.subject import SINKS, Subject
 from sinklens.experiment.matched_damage import damage
