@@ -2,10 +2,10 @@
 
     python benchmarks/torture.py [--kills 50] [--cases 10000] [--moments 20] [--only EXPRESSION] [--real] [--smoke]
 
-The tests are those of CI (``test_kills.py``, ``test_fuzz.py``, ``test_fuzz_files.py``, ``test_fuzz_methods.py``,
-``test_cleanup.py``, ``test_safety.py``) with other sizes, set by ``SINKLENS_KILLS`` (per stage, six stages),
-``SINKLENS_FUZZ`` and ``SINKLENS_STRIKES``. ``--real`` also kills the fetch and the conversion of SmolLM2 (93 MB) as
-often as one stage.
+The tests are those of CI (in ``tests/robustness``: ``test_kills.py``, ``test_fuzz.py``, ``test_fuzz_files.py``,
+``test_fuzz_methods.py``, ``test_cleanup.py``, ``test_safety.py``) with other sizes, set by ``SINKLENS_KILLS`` (per
+stage, six stages), ``SINKLENS_FUZZ`` and ``SINKLENS_STRIKES``. ``--real`` also kills the fetch and the conversion of
+SmolLM2 (93 MB) as often as one stage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import smoke
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "robustness"
 NAMES = ("kills", "fuzz", "fuzz_files", "fuzz_methods", "cleanup", "safety")
 STAGES = 6
 COUNTS = ("kills survived", "cases fuzzed", "interruptions survived")
