@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from doc_code import DOCS, blocks, unknown_names
-from public_names import NAMES, ROOMS
+from public_names import NAMES, ROOMS, TOP
 
 import sinklens as sl
 
@@ -62,6 +62,8 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
     written = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.glob("api/*.md"))
     assert [name for name in NAMES if f":: sinklens.{name}\n" not in written] == []
     assert {path.stem for path in DOCS.glob("api/*.md")} == {*ROOMS, "errors", "index"}
+    index = (DOCS / "api" / "index.md").read_text(encoding="utf-8")
+    assert [name for name in TOP if f"`{name}`" not in index] == []
 
 
 @pytest.fixture(scope="module")
