@@ -42,6 +42,8 @@ def lean_attention(
         return None
     if not lean.marked.any() and not edit.places.learned:
         return plain(layer, q, k, v, view)
+    if not len(lean.columns):
+        return None  # the learned sink alone has no column
     return lean.run()
 
 

@@ -78,6 +78,23 @@ def test_every_mode_agrees_with_the_hooks_backend(name: str, mode: Any, options:
                 assert (found - want)[padded.mask].abs().max() < 3e-5
 
 
+@pytest.mark.parametrize("others", [[], [0], [0, 2]])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("renormalize", {}), ("scale", {"g": 0.3}), ("null", {}), ("move", {"target": 3}), ("uniform", {})],
+)
+def test_a_learned_sink_alone_or_with_others_agrees(mode: Any, options: dict[str, Any], others: list[int]) -> None:
+    _, model = build_pair("gpt-oss")
+    ids = torch.stack(random_rows((53, 53)))
+    hooks = sl.ablate_sinks(model, ["learned", *others], mode, **options)
+    with torch.no_grad():
+        want = model.run_with_hooks(ids, fwd_hooks=hooks)
+        with sl.flash(model):
+            found = model.run_with_hooks(ids, fwd_hooks=hooks)
+        assert (found - want).abs().max() < 3e-5
+        assert (found - model(ids)).abs().max() > 1e-3
+
+
 def test_which_path_runs_is_shown() -> None:
     _, model = build_pair("llama")
     ids = torch.stack(random_rows((53, 53)))
