@@ -157,7 +157,7 @@ def test_an_untrained_twin_has_other_weights_of_the_same_shape(tmp_path: Path) -
     assert not torch.allclose(twin(ids), bridge(ids), atol=1e-3)
 
 
-# --- what sinks do on the toy task, one seed (docs/findings.md has three)
+# --- what sinks do on the toy task, one seed (docs/findings/lab.md has three)
 
 
 @pytest.fixture(scope="module")

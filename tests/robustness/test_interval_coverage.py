@@ -3,7 +3,7 @@
 A 95 % interval that is right covers the truth in 95 % of simulated samples. With ``RUNS`` simulations the observed
 share errs by itself, so a claim "covers at least p" is rejected where the observed count would have a probability below
 0.001 under p (one-sided binomial bound). Intervals of means over documents must reach the nominal 0.95; where they do
-not, ``LEAST`` says what they reach, so that docs/interval_coverage.md cannot promise more than is true.
+not, ``LEAST`` says what they reach, so that docs/findings/interval_coverage.md cannot promise more than is true.
 """
 
 from __future__ import annotations
