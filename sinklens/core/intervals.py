@@ -41,8 +41,8 @@ def interval(
 
         [m - max(q_high, t) se,  m - min(q_low, -t) se]
 
-    Two departures from the textbook, both for few documents (figures: docs/findings/interval_coverage.md). A resample that
-    picked (nearly) equal documents has no spread, and its ratio no bound; so half a document of the sample's own
+    Two departures from the textbook, both for few documents (figures: docs/findings/interval_coverage.md). A resample
+    that picked (nearly) equal documents has no spread, and its ratio no bound; so half a document of the sample's own
     variance is added to every resample, ``sum r*^2 + s^2 / 2`` over ``n - 1 / 2``. And neither side is shorter than
     Student's: the bootstrap alone is too short under symmetric heavy tails.
 

@@ -83,7 +83,8 @@ class Backcopy:
     Guo et al. 2024 with the bigram replaced by a unigram.
 
     Where a document begins with two triggers, every later token is a copy: it is *locked* (about 5 % of sequences).
-    Few as they are, they decide on which token the sink grows (docs/findings/lab.md), so ``locked`` chooses what is done.
+    Few as they are, they decide on which token the sink grows (docs/findings/lab.md), so ``locked`` chooses what is
+    done.
 
     Attributes:
         packing: "random" (no BOS), "bos" (BOS first in every sequence), "document-bos" (BOS at each document's start).
