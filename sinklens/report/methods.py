@@ -109,7 +109,7 @@ def preamble(name: str) -> str:
     """The lines before all others: the model and the text of this report."""
     return (
         "import sinklens as sl\n"
-        "from sinklens.show.theme import layer_profile\n"
+        "from sinklens.find.score_figures import layer_profile\n"
         "from sinklens.trace.figures import share_bars\n"
         "\n"
         f"model = sl.load_model({name!r})\n"

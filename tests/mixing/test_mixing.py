@@ -212,7 +212,7 @@ def test_bad_requests_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sinks": list(range(LENGTH - 1))}, "fewer than two"),
         ({"probes": 1}, "at least 2"),
         ({"route": "sideways"}, "route must be"),
-        ({"exact": "some"}, "exact is"),
+        ({"exact": "some"}, "exact must be"),
         ({"exact": True, "route": "reverse"}, "forward mode"),
         ({"most": 1}, "at least 2"),
         ({"chunk": 0}, "chunk must be 1"),

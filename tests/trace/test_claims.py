@@ -256,7 +256,7 @@ def test_reading_heads_are_those_that_attend_and_no_others(model: TransformerBri
     others = [float(scores.beta[b, same[0]["layer"], same[0]["head"], 20]) for b in (2, 3)]
     assert same[0]["null"] == pytest.approx(sum(others) / 2, rel=0.2)
     assert max(row["null"] for row in same) > 10 * max(row["null"] for row in table.to_dict("records"))
-    with pytest.raises(sl.BadInputError, match="any or same_id"):
+    with pytest.raises(sl.BadInputError, match="one of any, same_id"):
         sl.heads.reading_heads(scores, found, null=cast(Any, "other"))
 
 
