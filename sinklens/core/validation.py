@@ -210,6 +210,8 @@ def _words(hint: Any) -> str:
         return " or ".join(hint.names)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, args))}"
+    if len(args) == 1 and get_origin(args[0]) is Literal:  # a list of choices
+        return f"a list of {', '.join(map(str, get_args(args[0])))}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_words(one) for one in args)
     if hint in (int, float, str, bool, None, type(None)):

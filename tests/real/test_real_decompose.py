@@ -130,4 +130,4 @@ def test_command_line_writes_the_page_and_tables(tmp_path: Path, text_a: str) ->
     assert "Mass part and value part" in page
     code, shown = run("decompose", "--effects", "everything", "--text", "-", input=text_a)
     assert code == 2
-    assert "effects must be of" in shown
+    assert "effects must be a list of all, layer, head" in shown
