@@ -80,7 +80,7 @@ def test_notebook_1_runs_to_the_end_in_jupyterlab_and_shows_its_figures(lab: str
     page.wait_for_function(
         "n => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(p => p.innerText === `[${n}]:`)",
         arg=len(code),
-        timeout=500_000,
+        timeout=900_000,
     )
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0", timeout=60_000)
     page.wait_for_timeout(2000)
