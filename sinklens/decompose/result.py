@@ -36,7 +36,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
@@ -174,7 +174,7 @@ class SinkDecomposition(ShownInJupyter, table="means"):
             rows.append({"layer": layer, "head": head, "sinks": len(group), "class": common, **means})
         return pd.DataFrame(rows, columns=pd.Index(["layer", "head", "sinks", "class", *NUMBERS]))
 
-    def component_table(self, side: str = "key", kind: str | None = None) -> pd.DataFrame:
+    def component_table(self, side: Literal["key", "rest", "query"] = "key", kind: str | None = None) -> pd.DataFrame:
         """One row per (layer, component): its part of the gap in nats, mean over heads and the sinks alive there.
 
         ``side``: "key" (what stands in the sink's own key), "rest" (minus what stands in the other keys) or "query"
@@ -182,8 +182,6 @@ class SinkDecomposition(ShownInJupyter, table="means"):
         ``high``: 95 % interval over documents; ``sinks``: how many have queries far enough.
         """
         sides = {"key": self.key_side, "rest": self.rest_side, "query": self.query_side}
-        if side not in sides:
-            raise BadInputError(f"side must be 'key', 'rest' or 'query', got {side!r}")
         self._check_kind(kind)
         values = sides[side]
         names = [*(component_name(c) for c in self.components), "bias"]

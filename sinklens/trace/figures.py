@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sinklens.core.errors import BadInputError
+from sinklens.find.lifetimes import Kind
 from sinklens.residual.components import component_name
 from sinklens.show.theme import ACCENT, INK, MUTED, escape_hover, themed
 from sinklens.trace.circuit import layout
@@ -96,7 +97,7 @@ def share_bars(trace: SinkTrace, smallest: float = 0.02) -> go.Figure:
     """
     if not trace.traced:
         raise BadInputError("this trace is empty: the map held no sink")
-    kinds = list(dict.fromkeys(one.kind for one in trace.traced))
+    kinds: list[Any] = list(dict.fromkeys(one.kind for one in trace.traced))
     tables = {kind: {r["component"]: r for r in trace.shares(kind).to_dict("records")} for kind in kinds}
     order = list(dict.fromkeys(component_name(c) for one in trace.traced for c in one.components))
     named = [n for n in order if any(abs(t[n]["share"]) >= smallest for t in tables.values() if n in t)]
@@ -135,7 +136,7 @@ def share_bars(trace: SinkTrace, smallest: float = 0.02) -> go.Figure:
     return themed(figure, title, height=440)
 
 
-def dose_curves(trace: SinkTrace, kind: str | None = None) -> go.Figure:
+def dose_curves(trace: SinkTrace, kind: Kind | None = None) -> go.Figure:
     """One thin line per sink and their mean, against the factor on the main writer's output."""
     rows = dose_table(trace, kind)
     if not rows:

@@ -26,6 +26,7 @@ from sinklens.bridge.offload import real_weights
 from sinklens.core.errors import BadInputError, UnsupportedModelError
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public, public_methods
+from sinklens.find.lifetimes import Kind
 from sinklens.residual.batched_edits import Row, run_rows
 from sinklens.residual.components import Component, Contributions, component_name
 from sinklens.residual.contributions import flat, stream_hooks
@@ -77,7 +78,7 @@ class Neurons(ShownInJupyter):
         """The table per neuron."""
         return self.neurons
 
-    def upstream(self, kind: str | None = None) -> pd.DataFrame:
+    def upstream(self, kind: Kind | None = None) -> pd.DataFrame:
         """What feeds the writers' neurons, largest differences first: means over the phases of a kind.
 
         One row per (writer, neuron, matrix, component). For the primary this is how the model knows the first token.

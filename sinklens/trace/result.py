@@ -17,6 +17,7 @@ from sinklens.core.errors import BadInputError
 from sinklens.core.intervals import interval
 from sinklens.core.storage import load_tensors, save_tensors
 from sinklens.core.validation import public_methods
+from sinklens.find.lifetimes import Kind
 from sinklens.find.sinkmap import Sink, sink_from_json
 from sinklens.inputs.tokens import Tokens
 from sinklens.residual.components import Component, component_name
@@ -197,7 +198,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
         ]
         return pd.DataFrame(rows, columns=pd.Index(columns))
 
-    def by_component(self, kind: str | None = None) -> pd.DataFrame:
+    def by_component(self, kind: Kind | None = None) -> pd.DataFrame:
         """One row per component: in how many phases it is a writer by share and proven, its mean share there, with a
         95 % interval over documents.
         """
@@ -215,7 +216,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
         columns = pd.Index(["writer", "phases", "share", "low", "high", "d_margin", "proven"])
         return pd.DataFrame(rows, columns=columns).sort_values("phases", ascending=False, ignore_index=True)
 
-    def shares(self, kind: str | None = None) -> pd.DataFrame:
+    def shares(self, kind: Kind | None = None) -> pd.DataFrame:
         """One row per component: its mean share before the reference layer over all phases of a kind, writer or not,
         with a 95 % interval over documents; the largest first. Says whether writing is one layer's or spread over many.
         """
@@ -279,7 +280,7 @@ class SinkTrace(ShownInJupyter, table="writers"):
         """
         return circuit(self, sink, neurons, scores)
 
-    def plot_doses(self, kind: str | None = None) -> Figure:
+    def plot_doses(self, kind: Kind | None = None) -> Figure:
         """Attention, life and competitor-free margin against the dose of the main writer's output (``doses=``)."""
         from sinklens.trace.figures import dose_curves  # plotly is slow to load
 
